@@ -1,0 +1,414 @@
+"""The cache: one state transition, `Cache.access`.
+
+A step goes: the new page enters, the read set is chosen, attention looks up weights, the policy observes,
+and every tier is brought down to its capacity. So attention sees up to budget + 1 pages and a victim
+still counted in the step it leaves after (policies.md section 0).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kvsim.cache import kernels
+from kvsim.cache.demand import Use
+from kvsim.cache.table import GPU, HOST, SSD, Table
+from kvsim.cache.view import View, pages
+from kvsim.errors import ConfigError, KvsimError, PolicyError
+from kvsim.trace.access import Access, Prompt
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one access found and moved.
+
+    Per row lane [row_lanes]: `total`, `hit`, `attended` (float32): weight of the full row, found on the GPU, and read by attention;
+    `used`, `found` (int64): used or needed pages, and those of them on the GPU. `resident`: int64 [lanes], pages on the GPU
+    afterwards. Page counts by layer of the table, int64: `read` [layers]; `fetched`, `fetched_runs` (from the tier, waited
+    for; runs are neighbouring pages) and `spilled` (written to the tier) [3, layers]. `dropped`: pages that are gone.
+    """
+
+    total: np.ndarray
+    hit: np.ndarray
+    attended: np.ndarray
+    used: np.ndarray
+    found: np.ndarray
+    resident: np.ndarray
+    read: np.ndarray
+    fetched: np.ndarray
+    fetched_runs: np.ndarray
+    spilled: np.ndarray
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Pages per lane in each tier; None is unlimited. `gpu` is the budget."""
+
+    gpu: int
+    host: int | None = None
+    ssd: int | None = 0
+
+
+class Cache:
+    """The cache of one request.
+
+    `row_lanes`: (layers, kv_heads) of the rows; the policy's granularity says how many of them share a decision. `stride`:
+    pages of the whole request. `offload`: where victims go; None is the lossy regime, where they are gone and the policy
+    sees rows renormalised over what is left. `use`: when a page counts as used; in the offload regime `demand` takes its
+    place and says what a step needs (None: the policy's read set). `audit`: recount the table after every step.
+
+    Raises ConfigError for a budget below what is protected, or tiers that cannot hold the request.
+    """
+
+    def __init__(
+        self,
+        row_lanes: tuple[int, int],
+        stride: int,
+        policy: Any,
+        capacity: Capacity,
+        *,
+        offload: Any = None,
+        use: Use = Use(),
+        demand: Use | None = None,
+        page_size: int = 1,
+        seed: int = 0,
+        audit: bool = False,
+    ):
+        layers, heads = row_lanes
+        self.shape = {"head": (layers, heads), "layer": (layers, 1), "token": (1, 1)}[policy.granularity]
+        self.lanes, self.rows = self.shape[0] * self.shape[1], layers * heads
+        self.row_lanes, self.stride, self.page_size = row_lanes, stride, page_size
+        self.policy, self.offload, self.capacity = policy, offload, capacity
+        self.lossy = offload is None
+        self.predicate = use if self.lossy or demand is None else demand
+        self.selects = callable(getattr(policy, "select", None))
+        self.by_selection = demand is None and not self.lossy
+        self.reads_resident = self.predicate.kind in ("share", "weight", "all")
+        self.evicts = callable(getattr(policy, "score", None)) and not (self.lossy and self.selects)
+        self.auditing = audit
+        self.budget = np.full(self.lanes, min(capacity.gpu, stride) if policy.bounded else stride, np.int64)
+        self._check()
+        self.table = Table(self.lanes, 0, {})
+        self.view = View(self.table, self.shape, page_size, seed)
+        self.view.budget[:] = self.budget.reshape(*self.shape, 1)
+        self._hit = np.empty(self.rows, np.float32)
+        self._found = np.empty(self.rows, np.int64)
+        self._renormalise = self.lossy and policy.rows == "visible"
+        self._cut = False  # has the budget been enforced yet?
+
+    # -- the step ----------------------------------------------------------------------------------------------
+
+    def access(self, a: Access) -> Outcome:
+        """One step. Raises PolicyError when the policy breaks its contract."""
+        row, peak = a.row.reshape(self.rows, -1), a.peak.reshape(self.rows, -1)
+        self.view.now, self.view.keys = a.step, a.keys
+        need = self._need(a, peak)
+        out = self._blank()
+        kernels.row_totals(row, peak, a.keys, need, out.total, out.used)
+        self._enter(a)
+        seen = self._read_set()
+        if not self.lossy:
+            self._demand(row, peak, seen, need, a.keys, out)
+        self._touch(a, row, peak, seen, need)
+        if self.lossy:
+            out.hit[:], out.attended[:], out.found[:] = self._hit, self._hit, self._found
+            out.read[:] = self._by_layer(seen >= 0)
+        self._call("observe", self.view, optional=True)
+        self._settle(a, out)
+        out.resident = self.table.resident()
+        if self.auditing:
+            self.audit(a)
+        return out
+
+    def _blank(self) -> Outcome:
+        floats = [np.empty(self.rows, np.float32) for _ in range(3)]
+        counts = [np.empty(self.rows, np.int64) for _ in range(2)]
+        moved = [np.zeros((3, self.shape[0]), np.int64) for _ in range(3)]
+        return Outcome(*floats, *counts, np.empty(0), np.zeros(self.shape[0], np.int64), *moved)
+
+    def _need(self, a: Access, peak: np.ndarray) -> np.ndarray:
+        return self.predicate.limits(peak, a.keys, np.repeat(a.visible, self.rows // len(a.visible)))
+
+    def _enter(self, a: Access) -> None:
+        """New pages get their lines; pages that a sliding window has left behind lose theirs."""
+        if a.prefill:
+            slots = self.stride if not self.lossy else max(a.keys, int(self.budget.max()) + self.policy.lag) + 1
+            self.table = Table(self.lanes, slots, self.policy.columns)
+            self.table.fill(a.keys)
+            self.view.bind(self.table)
+        elif a.fresh:
+            for key in range(a.keys - a.fresh, a.keys):
+                self._grow()
+                self.table.insert(key, a.step)
+        if a.first.any():
+            self.table.release_below(self._per_lane(a.first))
+
+    def _grow(self) -> None:
+        """Lines for a policy that does not stay within its budget (a read set, a prompt not yet cut, a larger split)."""
+        if self.table.free_count.min() == 0:
+            self._resize(min(self.stride, 2 * self.table.slots) + 1)
+
+    def _resize(self, slots: int) -> None:
+        self.table = self.table.resized(slots)
+        self.view.bind(self.table)
+
+    def _read_set(self) -> np.ndarray:
+        """Keys that attention may see, int32 [lanes, slots]; -1 hides a page."""
+        if not self.selects:
+            return self.table.key
+        chosen = self._call("select", self.view)
+        if chosen is None:
+            return self.table.key
+        mask = self._broadcast(chosen, "a read set", bool)
+        return np.where(mask, self.table.key, np.int32(-1))
+
+    def _demand(self, row, peak, seen, need, keys: int, out: Outcome) -> None:
+        """Bring up what the step needs."""
+        t = self.table
+        missing, read = np.empty(t.key.shape, bool), np.empty(t.key.shape, bool)
+        kernels.find(
+            row, peak, t.key, seen, t.copies, need, self.by_selection, self.reads_resident,
+            out.hit, out.attended, out.found, out.used, missing, read,
+        )  # fmt: skip
+        out.read[:] = self._by_layer(read)
+        for tier, bit, above in ((1, HOST, GPU), (2, SSD, GPU | HOST)):
+            source = missing & ((t.copies & bit) != 0) & ((t.copies & above) == 0)
+            if source.any():
+                out.fetched[tier] = self._by_layer(source)
+                out.fetched_runs[tier] = self._sum_layers(kernels.count_runs(source, t.key, keys))
+        t.land(missing, self.view.now)
+
+    def _touch(self, a: Access, row, peak, seen, need) -> None:
+        t = self.table
+        if a.prefill:
+            self._warm_start(a)
+            return
+        missing = a.keys * self.page_size - a.tokens
+        kernels.touch(
+            row, peak, seen, t.weights, t.mass, t.last, t.uses, a.step, self._renormalise,
+            self.predicate.value, self.predicate.absolute, self.page_size, missing, need, self._hit, self._found,
+        )  # fmt: skip
+
+    def _warm_start(self, a: Access) -> None:
+        """Prompt rows count: mass is the column sum, uses the stored rows that used the page (policies.md section 0)."""
+        assert a.prompt is not None
+        prompt = self.view.prompt = self._pool(a.prompt)
+        n = a.keys
+        uses = np.zeros((self.rows, n), np.int32)
+        for peaks, visible in zip(a.prompt.peaks, a.prompt.visible, strict=True):
+            peak = peaks.reshape(self.rows, n)
+            uses += peak >= self.predicate.limits(peak, n, np.repeat(visible, self.rows // len(visible)))[:, None]
+        t = self.table
+        t.uses[:, :n] = uses.reshape(self.lanes, -1, n).max(1)
+        t.mass[:, :n] = prompt.colsum.reshape(self.lanes, n)
+        t.weights[:, :n] = prompt.rows[-1].reshape(self.lanes, n)
+        self._hit[:] = a.row.reshape(self.rows, -1)[:, :n].sum(1)
+        self._found[:] = 0
+
+    def _pool(self, p: Prompt) -> Prompt:
+        """Prompt statistics in the lanes of the policy: the mean over the rows that share a decision."""
+        if self.shape == self.row_lanes:
+            return p
+
+        def mean(x):
+            axes = (-3, -2) if self.shape == (1, 1) else (-2,)
+            return None if x is None else x.mean(axis=axes, keepdims=True)
+
+        return replace(p, colsum=mean(p.colsum), colsq=mean(p.colsq), colmax=mean(p.colmax), rows=mean(p.rows))
+
+    # -- bringing tiers down to their capacity ------------------------------------------------------------------
+
+    def _settle(self, a: Access, out: Outcome) -> None:
+        self.view.prompt = None
+        if not self.evicts or not self._due(a):
+            return
+        self._split()
+        over = self.table.resident() - self.budget
+        self._cut = True
+        if (over > 0).any():
+            batch = np.minimum(self.policy.batch, self.budget)
+            chosen, counts = self._choose(a, GPU, np.where(over > 0, np.maximum(over, batch), 0), self._score())
+            if self.lossy:
+                out.dropped = int(counts.sum())
+                self.table.release(chosen, counts)
+                self._shrink()
+            else:
+                self._place(self._mask(chosen, counts), out)
+        if not self.lossy:
+            self._settle_host(a, out)
+
+    def _due(self, a: Access) -> bool:
+        return self.policy.cut_prompt if a.prefill else a.step % self.policy.lag == 0
+
+    def _choose(self, a: Access, bit: int, excess: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`."""
+        t = self.table
+        head, tail = self._protected()
+        pinned = a.keys - 1 if a.tokens % self.page_size else -1  # a page that is still being filled
+        out, counts = np.empty((self.lanes, int(excess.max())), np.int32), np.empty(self.lanes, np.int64)
+        bad = kernels.victims(score, t.key, t.tie, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
+        if bad >= 0:
+            lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
+            raise self._broken(f"returned NaN at step {a.step}, lane {lane}", "score", "every resident page needs a number")
+        return out, counts
+
+    def _score(self) -> np.ndarray:
+        return self._broadcast(self._call("score", self.view), "scores", np.float32)
+
+    def _place(self, victims: np.ndarray, out: Outcome) -> None:
+        """Evicted pages go where the offload policy says; one that has a copy there already moves no bytes."""
+        t = self.table
+        where = self._call("place", self.view, victims.reshape(*self.shape, t.slots), of=self.offload)
+        tier = np.broadcast_to(np.asarray(where), (*self.shape, t.slots)).reshape(t.key.shape)
+        for number, bit in ((1, HOST), (2, SSD)):
+            new = victims & (tier == number) & ((t.copies & bit) == 0)
+            out.spilled[number] += self._by_layer(new)
+            if bit == SSD:  # on its way down it crosses the host link too
+                out.spilled[1] += self._by_layer(new)
+            t.copies[new] |= bit
+        t.copies[victims] &= ~np.uint8(GPU)
+        gone = victims & (t.copies == 0)
+        if gone.any():
+            out.dropped += int(gone.sum())
+            slots = [np.flatnonzero(g) for g in gone]
+            counts = np.array([len(s) for s in slots])
+            listed = np.zeros((self.lanes, int(counts.max())), np.int32)
+            for lane, s in enumerate(slots):
+                listed[lane, : len(s)] = s
+            t.release(listed, counts)
+
+    def _settle_host(self, a: Access, out: Outcome) -> None:
+        """A full host gives up copies that the GPU has too, then its lowest scores go down to the SSD."""
+        if self.capacity.host is None:
+            return
+        t = self.table
+        over = t.resident(HOST) - self.capacity.host
+        if not (over > 0).any():
+            return
+        redundant = (t.copies & (GPU | SSD)) != 0
+        score = np.where(redundant, np.float32(-np.inf), self._score())
+        gone = self._mask(*self._choose(a, HOST, np.maximum(over, 0), score))
+        down = gone & ~redundant
+        out.spilled[2] += self._by_layer(down)
+        t.copies[down] |= SSD
+        t.copies[gone] &= ~np.uint8(HOST)
+
+    def _split(self) -> None:
+        if callable(getattr(self.policy, "split", None)):
+            wanted = self._broadcast(self._call("split", self.view), "budgets", np.int64, slots=1)
+            self.budget[:] = np.clip(wanted[:, 0], 1, self.stride)
+            self.view.budget[:] = self.budget.reshape(*self.shape, 1)
+
+    def _shrink(self) -> None:
+        """Once a long prompt is cut, the table is as wide as the budget again."""
+        needed = max(int(self.table.resident().max()), int(self.budget.max())) + self.policy.lag + 1
+        if 2 * needed < self.table.slots:
+            self._resize(needed)
+
+    def _protected(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pages per lane at the head and at the tail that leave last."""
+        p, b = self.policy, self.budget
+        head = np.maximum(pages(p.sink, self.page_size), (p.protect_head * b).astype(np.int64))
+        tail = np.maximum(_window(p.recent, b, self.page_size), (p.protect_tail * b).astype(np.int64))
+        return head, tail
+
+    def _check(self) -> None:
+        head, tail = self._protected()
+        least = int((head + tail).max())
+        if self.capacity.gpu < least and self.capacity.gpu < self.stride and self.evicts:
+            raise ConfigError(
+                f"a budget of {self.capacity.gpu} pages is below the {least} that {_name(self.policy)} protects",
+                hint=f"raise the budget to at least {least} pages, or lower sink, recent or lag",
+            )
+        if self.by_selection and not self.selects:
+            raise ConfigError(
+                f'demand "select" needs a policy with a read set; {_name(self.policy)} has none', hint='use "dense", "theta" or "topk(64)"'
+            )
+        below = (self.capacity.host, self.capacity.ssd)
+        if not self.lossy and None not in below and self.capacity.gpu + sum(below) < self.stride:  # type: ignore[arg-type]
+            raise ConfigError(
+                f"GPU, host and SSD hold {self.capacity.gpu + sum(below)} pages per lane, the request needs {self.stride}",  # type: ignore[arg-type]
+                hint="raise --host or --ssd, or let pages go: --regime lossy",
+            )
+
+    # -- small things -------------------------------------------------------------------------------------------
+
+    def _mask(self, chosen: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        mask = np.zeros(self.table.key.shape, bool)
+        for lane, n in enumerate(counts):
+            mask[lane, chosen[lane, :n]] = True
+        return mask
+
+    def _by_layer(self, mask: np.ndarray) -> np.ndarray:
+        return self._sum_layers(np.count_nonzero(mask, axis=1))
+
+    def _sum_layers(self, per_lane: np.ndarray) -> np.ndarray:
+        return per_lane.reshape(self.shape).sum(1)
+
+    def _per_lane(self, first: np.ndarray) -> np.ndarray:
+        """First visible key per table lane from the one per layer."""
+        return np.repeat(first, self.shape[1]) if len(first) == self.shape[0] else np.full(self.lanes, first.min())
+
+    def _broadcast(self, value: Any, what: str, dtype: Any, slots: int | None = None) -> np.ndarray:
+        shape = (*self.shape, self.table.slots if slots is None else slots)
+        array = np.asarray(value)
+        try:
+            array = np.broadcast_to(array, shape)
+        except ValueError:
+            method = {"scores": "score", "a read set": "select", "budgets": "split"}[what]
+            raise self._broken(
+                f"returned {what} of shape {array.shape}, expected one broadcastable to {shape}",
+                method, "the last axis is the slot; did a sum drop it?",
+            ) from None  # fmt: skip
+        return np.ascontiguousarray(array, dtype).reshape(self.lanes, -1)
+
+    def _call(self, method: str, *arguments: Any, of: Any = None, optional: bool = False) -> Any:
+        """Call a hook; whatever goes wrong in it is reported as the policy's."""
+        owner = self.policy if of is None else of
+        function = getattr(owner, method, None)
+        if function is None and optional:
+            return None
+        try:
+            return function(*arguments)  # type: ignore[misc]
+        except KvsimError:
+            raise
+        except Exception as error:
+            hint = f"{type(error).__name__}: {error}"
+            if "read-only" in str(error):
+                hint = "the view's columns are read-only; keep state of your own in `columns`"
+            raise self._broken(f"failed in {method} at step {self.view.now}", method, hint, owner) from error
+
+    def _broken(self, what: str, method: str, hint: str, owner: Any = None) -> PolicyError:
+        cls = type(owner or self.policy)
+        try:
+            home = inspect.getsourcefile(cls)
+        except TypeError:
+            home = None
+        return PolicyError(f'policy "{_name(owner or self.policy)}" {what}', where=f"{home or cls.__module__}:{cls.__name__}.{method}", hint=hint)
+
+    def audit(self, a: Access) -> None:
+        """Recount the table and the budget; an assertion here is a mistake of ours."""
+        self.table.audit()
+        if self._cut:
+            assert (self.table.resident() <= np.maximum(self.budget, 1) + self.policy.lag - 1).all(), "over budget"
+
+
+def _window(recent: int | str, budget: np.ndarray, page_size: int) -> np.ndarray:
+    """The recent window in pages per lane: tokens, or a share of the budget such as "50%"."""
+    if isinstance(recent, str):
+        try:
+            share = float(recent.removesuffix("%")) / 100
+        except ValueError:
+            share = -1.0
+        if not recent.endswith("%") or not 0 <= share <= 1:
+            raise ConfigError(f'cannot read recent = "{recent}"', hint='write tokens, or a share of the budget like "50%"')
+        return (share * budget).astype(np.int64)
+    return np.full_like(budget, pages(recent, page_size))
+
+
+def _name(policy: Any) -> str:
+    return getattr(policy, "spec_name", type(policy).__name__)

@@ -1,0 +1,99 @@
+"""The table of pages: one line per page, columns of shape [lanes, slots].
+
+A slot is one page's line and keeps it wherever its bytes are; `copies` has one bit per tier (0 GPU, 1
+host, 2 SSD), because KV pages are written once: a page that was fetched back still has a clean copy below.
+Empty lines have key -1. In the lossy regime a freed line takes the next newcomer, so the table is as wide as
+the budget, not as the sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvsim.cache import kernels
+
+GPU, HOST, SSD = 1, 2, 4
+_COLUMNS = {
+    "key": np.int32,
+    "copies": np.uint8,
+    "born": np.int32,
+    "arrived": np.int32,
+    "tie": np.int32,
+    "last": np.int32,
+    "uses": np.int32,
+    "mass": np.float32,
+    "weights": np.float32,
+}
+
+
+class Table:
+    """Columns [lanes, slots]; `private` holds the columns a policy asked for, in the same shape."""
+
+    def __init__(self, lanes: int, slots: int, private: dict[str, type]):
+        self.lanes, self.slots = lanes, slots
+        for name, dtype in _COLUMNS.items():
+            setattr(self, name, np.zeros((lanes, slots), dtype))
+        self.key.fill(-1)
+        self.private = {name: np.zeros((lanes, slots), dtype) for name, dtype in private.items()}
+        # a stack of free slots per lane, lowest slot on top: a first filling is in key order
+        self.free = np.tile(np.arange(slots - 1, -1, -1, dtype=np.int32), (lanes, 1))
+        self.free_count = np.full(lanes, slots, np.int64)
+        self.arrivals = np.zeros(lanes, np.int32)
+        self._slot_of = np.empty(lanes, np.int64)
+
+    def fill(self, keys: int) -> None:
+        """The first `keys` pages into slots 0 .. keys-1 of every lane, in an empty table."""
+        self.key[:, :keys] = np.arange(keys, dtype=np.int32)
+        self.tie[:, :keys] = np.arange(keys, dtype=np.int32)
+        self.copies[:, :keys] = GPU
+        self.free_count -= keys
+        self.arrivals += keys
+
+    def insert(self, key: int, now: int) -> None:
+        """A new page in every lane; its private columns start at zero."""
+        c = self
+        kernels.insert(
+            c.key, c.copies, c.born, c.arrived, c.tie, c.last, c.uses, c.mass, c.weights, c.free, c.free_count,
+            c.arrivals, key, now, c._slot_of,
+        )  # fmt: skip
+        lanes = np.arange(self.lanes)
+        for column in self.private.values():
+            column[lanes, self._slot_of] = 0
+
+    def land(self, missing: np.ndarray, now: int) -> None:
+        """Pages of the mask [lanes, slots] have been fetched."""
+        kernels.land(missing, self.copies, self.arrived, self.tie, self.arrivals, now)
+
+    def release(self, victims: np.ndarray, counts: np.ndarray) -> None:
+        """Free the first `counts[lane]` slots listed in `victims` [lanes, n]."""
+        kernels.release(self.key, self.copies, self.free, self.free_count, victims, counts)
+
+    def release_below(self, first: np.ndarray) -> None:
+        """Free the pages whose key is below `first` [lanes]."""
+        kernels.release_below(self.key, self.copies, self.free, self.free_count, first)
+
+    def resident(self, bit: int = GPU) -> np.ndarray:
+        """int64 [lanes]: pages with a copy in the tier."""
+        return np.count_nonzero(self.copies & bit, axis=1)
+
+    def resized(self, slots: int) -> Table:
+        """The same pages, in key order, in a table of `slots` lines."""
+        new = Table(self.lanes, slots, {name: c.dtype.type for name, c in self.private.items()})
+        order = np.argsort(np.where(self.key < 0, np.iinfo(np.int32).max, self.key), axis=1, kind="stable")[:, :slots]
+        n = order.shape[1]
+        for name in _COLUMNS:
+            getattr(new, name)[:, :n] = np.take_along_axis(getattr(self, name), order, 1)
+        for name, column in self.private.items():
+            new.private[name][:, :n] = np.take_along_axis(column, order, 1)
+        new.arrivals[:] = self.arrivals
+        new.free_count[:] = np.count_nonzero(new.key < 0, axis=1)
+        return new
+
+    def audit(self) -> None:
+        """Recount everything; an assertion here is a mistake of ours."""
+        filled = self.key >= 0
+        assert (filled == (self.copies > 0)).all(), "a page without a copy, or a copy without a page"
+        assert (np.count_nonzero(filled, axis=1) + self.free_count == self.slots).all(), "slots lost"
+        for lane in range(self.lanes):
+            keys = self.key[lane][filled[lane]]
+            assert len(np.unique(keys)) == len(keys), "a page twice in a lane"

@@ -1,0 +1,109 @@
+"""What a policy may see, and the two interfaces: who leaves, and where to.
+
+The future is in none of it. A policy that defines `foresee(trace, used)` is an oracle and is drawn as one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from kvsim.cache.demand import Use
+    from kvsim.cache.table import Table
+    from kvsim.trace.access import Prompt, Trace
+
+_PUBLIC = ("key", "born", "arrived", "tie", "last", "uses", "mass", "weights")
+
+
+class View:
+    """The table as a policy sees it: columns [layers, kv_heads, slots], read-only; private ones are writable.
+
+    `key` (-1: empty line), `born`, `arrived` (on the GPU), `last` (used) in steps, prefill being 0; `tie` (order of arrival), `uses`, `mass` (sum of weights), `weights` (this step),
+    `resident` (bool: on the GPU), private columns by `view["name"]`. Scalars: `now` (step), `keys` (pages that exist), `newest`
+    (largest key), `page_size` (tokens). `budget`: int64 [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics
+    at prefill, else None. `seed`, `rng`: the run's seed and a generator made from it.
+    """
+
+    def __init__(self, table: Table, shape: tuple[int, int], page_size: int, seed: int):
+        self.page_size, self.seed, self.shape = page_size, seed, shape
+        self.rng = np.random.default_rng(seed)
+        self.now, self.keys = 0, 0
+        self.prompt: Prompt | None = None
+        self.budget = np.zeros((*shape, 1), np.int64)
+        self.bind(table)
+
+    def bind(self, table: Table) -> None:
+        """Show another table (after it grew or shrank)."""
+        self._table = table
+        for name in _PUBLIC:
+            setattr(self, name, _locked(getattr(table, name).reshape(*self.shape, table.slots)))
+        self._copies = _locked(table.copies.reshape(*self.shape, table.slots))
+        self._private = {n: c.reshape(*self.shape, table.slots) for n, c in table.private.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._private[name]
+
+    @property
+    def resident(self) -> np.ndarray:
+        return (self._copies & 1).astype(bool)
+
+    @property
+    def newest(self) -> int:
+        return self.keys - 1
+
+
+def _locked(a: np.ndarray) -> np.ndarray:
+    a = a.view()
+    a.flags.writeable = False
+    return a
+
+
+def pages(tokens: int, page_size: int) -> int:
+    """Tokens rounded up to pages."""
+    return -(-tokens // page_size)
+
+
+def keep(view: View, score: Any, *, sink: int = 0, recent: int = 0) -> np.ndarray:
+    """`score` with +inf for the first `sink` and the newest `recent` tokens' pages, which then leave last."""
+    guarded = (view.key < pages(sink, view.page_size)) | (view.key > view.newest - pages(recent, view.page_size))
+    return np.where(guarded, np.float32(np.inf), np.asarray(score, np.float32))
+
+
+class EvictionPolicy(Protocol):
+    """Who leaves. Only `score` (or, for read-set policies, `select`) is required; see `kvsim.registry` for the defaults."""
+
+    columns: ClassVar[dict[str, type]]
+    batch: int
+    lag: int
+    granularity: ClassVar[str]
+    rows: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+
+    def score(self, view: View) -> np.ndarray:
+        """Broadcastable to [layers, kv_heads, slots]; the lowest leaves, among equals the older one."""
+        ...
+
+    def observe(self, view: View) -> None:
+        """Once per access, new pages included, before any eviction."""
+
+    def select(self, view: View) -> np.ndarray | None:
+        """The read set, before attention: bool [layers, kv_heads, slots]; None reads every page."""
+
+    def split(self, view: View) -> np.ndarray:
+        """Budget per lane in pages, broadcastable to [layers, kv_heads, 1]."""
+        ...
+
+    def foresee(self, trace: Trace, used: Use) -> None:
+        """Oracles only: one request with its whole future, in the lanes and pages of the cache."""
+
+
+class OffloadPolicy(Protocol):
+    """Where victims go."""
+
+    keeps: bool  # False: victims are gone (the lossy regime)
+
+    def place(self, view: View, victims: np.ndarray) -> np.ndarray | int:
+        """`victims`: bool [layers, kv_heads, slots]. Tier per page (1 host, 2 SSD) or -1 for none; broadcastable."""
+        ...

@@ -1,0 +1,35 @@
+"""The clock: what an iteration costs on a GPU with a host link and an SSD.
+
+`hardware` and `compute` are arithmetic and load no SimPy, so measuring code may use them where only NumPy
+is installed; `Machine` and `Work` are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvsim.machine.compute import SHAPES, ModelShape, shape_from_config, shape_from_geometry
+from kvsim.machine.hardware import Constant, Hardware
+
+if TYPE_CHECKING:
+    from kvsim.machine.pipeline import Machine, Record, Work
+
+__all__ = [
+    "SHAPES",
+    "Constant",
+    "Hardware",
+    "Machine",
+    "ModelShape",
+    "Record",
+    "Work",
+    "shape_from_config",
+    "shape_from_geometry",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Machine", "Record", "Work"):
+        from kvsim.machine import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

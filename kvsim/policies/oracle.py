@@ -1,0 +1,94 @@
+"""References that read the whole trace. `foresee` is the only door to the future, and makes a policy an oracle.
+
+Neither is a bound on lossy recall: the step ceiling is (design decision 11). In the offload regime, on unit pages, Belady is a
+true bound on misses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvsim.registry import policy
+
+_NEVER = np.int32(2**24)  # beyond any step, and exact in float32
+_FIXED = 2.0**40  # weights as fixed-point integers: sums that are added and taken away again cancel exactly
+
+
+@policy("belady")
+class Belady:
+    """Evicts what is used again last (never: first; among equals the older). Belady 1966.
+
+    "Used" is the run's predicate on full rows, in the offload regime the demand model. Protects nothing.
+    """
+
+    family = "reference"
+    rows = "full"
+    recent: int | str = 0
+
+    def foresee(self, request, used):
+        """Next use of every page after each step, from one pass over the request."""
+        addresses, steps = [], []
+        for a in request.accesses():
+            if a.prefill:
+                lanes, stride = int(np.prod(a.row.shape[:2])), a.row.shape[2]
+                continue
+            peak = a.peak.reshape(lanes, stride)
+            need = used.limits(peak, a.keys, np.repeat(a.visible, lanes // len(a.visible)))
+            lane, key = np.nonzero(peak[:, : a.keys] >= need[:, None])
+            addresses.append(lane * stride + key)
+            steps.append(np.full(len(lane), a.step, np.int32))
+        address, step = np.concatenate(addresses), np.concatenate(steps)
+        order = np.argsort(address, kind="stable")  # steps stay ascending within an address
+        address, step = address[order], step[order]
+        again = np.append(address[1:] == address[:-1], False) if len(address) else np.empty(0, bool)
+        following = np.where(again, np.append(step[1:], _NEVER)[: len(step)], _NEVER)
+        self._next = np.full(lanes * stride, _NEVER, np.int32)
+        first = np.append(True, ~again[:-1]) if len(address) else again
+        self._next[address[first]] = step[first]
+        by_step = np.argsort(step, kind="stable")
+        self._address, self._following = address[by_step], following[by_step]
+        self._start = np.searchsorted(step[by_step], np.arange(request.output_tokens + 2))
+        self._lane = (np.arange(lanes) * stride)[:, None]
+
+    def observe(self, view):
+        now = slice(self._start[view.now], self._start[view.now + 1])
+        self._next[self._address[now]] = self._following[now]
+
+    def score(self, view):
+        key = view.key.reshape(len(self._lane), -1)
+        return -self._next[self._lane + np.maximum(key, 0)].reshape(view.key.shape)
+
+
+@policy("mass-oracle")
+class MassOracle:
+    """Evicts what will gather least attention from now on (sum of the remaining full rows). Protects nothing.
+
+    Greedy: it ignores how long a page occupies its place, so it may be beaten.
+    """
+
+    family = "reference"
+    rows = "full"
+    recent: int | str = 0
+    columns = {"spent": np.int64}
+
+    def foresee(self, request, used):
+        total = None
+        for a in request.accesses():
+            if a.prefill:
+                total = np.zeros((a.row.shape[0] * a.row.shape[1], a.row.shape[2]), np.int64)
+            else:
+                total += _fixed(a.row.reshape(total.shape))
+        self._total = total
+
+    def observe(self, view):
+        if view.now:
+            view["spent"][:] += _fixed(view.weights)
+
+    def score(self, view):
+        key = np.maximum(view.key.reshape(len(self._total), -1), 0)
+        left = np.take_along_axis(self._total, key, 1).reshape(view.key.shape) - view["spent"]
+        return left / _FIXED
+
+
+def _fixed(weights: np.ndarray) -> np.ndarray:
+    return np.rint(weights.astype(np.float64) * _FIXED).astype(np.int64)

@@ -1,0 +1,233 @@
+"""Names of policies: registering them, finding them, and reading spec strings such as "h2o(recent=64)".
+
+A policy is a plain class with one required method. The decorator makes it a dataclass, fills in the
+optional parts of the interface and puts it in the table; entry points of the group `kvsim.plugins`,
+a user's file and the built-in modules differ only in how the module comes to be imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kvsim.errors import PolicyError, nearest
+
+BUILT_IN = ("classic", "attention", "oracle", "offload")
+_TABLE: dict[tuple[str, str], type] = {}
+
+# What a policy gets when it does not say otherwise. Fields become parameters of its spec string.
+_COMMON = {
+    "columns": {},  # private per-page state: name -> dtype
+    "batch": 1,  # pages to evict at once when full; the budget is never exceeded
+    "lag": 1,  # decide every `lag` steps; may overshoot by lag - 1
+    "granularity": "head",  # one decision per "head", "layer" or "token"
+    "rows": "visible",  # weights it sees: renormalised over visible pages, or "full"
+    "needs": frozenset(),  # trace data beyond decode rows
+    "bounded": True,  # False: keeps everything, whatever the budget
+    "cut_prompt": True,  # is an over-long prompt cut at the end of prefill?
+    "evidence": "own",  # code, abs, 3rd, mem, derived: see docs/policies.md
+    "regimes": ("lossy", "offload"),
+}
+_PROTECTION: dict[str, tuple[str, Any]] = {
+    "sink": ("int", 0),
+    "recent": ("int | str", 1),
+    "protect_head": ("float", 0.0),
+    "protect_tail": ("float", 0.0),
+}
+
+
+def policy(name: str) -> Callable[[type], type]:
+    """Class decorator: register an eviction policy under `name`.
+
+    Every policy also gets the parameters `sink` and `recent` (tokens that may not leave: the first ones and
+    the newest ones; `recent` may be a share of the budget, "50%") and `protect_head`, `protect_tail` (shares
+    of the budget), which the engine enforces.
+    """
+
+    def register(cls: type) -> type:
+        if not callable(getattr(cls, "score", None)) and not callable(getattr(cls, "select", None)):
+            raise PolicyError(f'policy "{name}" has neither score(view) nor select(view)', where=_home(cls))
+        own = cls.__dict__.get("__annotations__", {})
+        for key, (kind, default) in _PROTECTION.items():
+            if key not in own:
+                own = own | {key: kind}
+                if key not in cls.__dict__:
+                    setattr(cls, key, default)
+        cls.__annotations__ = own
+        for key, default in _COMMON.items():
+            if not hasattr(cls, key):
+                setattr(cls, key, default)
+        return _enter("policy", name, cls)
+
+    return register
+
+
+def offload(name: str) -> Callable[[type], type]:
+    """Class decorator: register an offload policy (where victims go) under `name`."""
+
+    def register(cls: type) -> type:
+        if not callable(getattr(cls, "place", None)):
+            raise PolicyError(f'offload policy "{name}" has no place(view, victims)', where=_home(cls))
+        for key, default in {"inclusive": True, "waits": False, "keeps": True}.items():
+            if not hasattr(cls, key):
+                setattr(cls, key, default)
+        return _enter("offload", name, cls)
+
+    return register
+
+
+def _enter(kind: str, name: str, cls: type) -> type:
+    cls = dataclass(cls)
+    for f in fields(cls):
+        if f.default is f.default_factory:  # both MISSING
+            raise PolicyError(f'parameter "{f.name}" of {kind} "{name}" has no default', where=_home(cls))
+    held = _TABLE.get((kind, name))
+    if held is not None and _home(held) != _home(cls):
+        raise PolicyError(f'two {kind} classes are called "{name}"', where=_home(cls), hint=f"the other is {_home(held)}")
+    cls.spec_name = name
+    _TABLE[kind, name] = cls
+    return cls
+
+
+def _home(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec string: what to load and with which parameters."""
+
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
+        return f"{self.name}({inner})" if inner else self.name
+
+
+def parse_spec(text: str) -> Spec:
+    """Read "name", "file.py", "file.py:Class" or any of them with (keyword=literal, ...). Parsed, never evaluated."""
+    text = text.strip()
+    head, bracket, _ = text.partition("(")
+    if not bracket:
+        return Spec(text)
+    try:
+        call = ast.parse("f" + text[len(head) :], mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError
+        return Spec(head.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    except (SyntaxError, ValueError):
+        raise PolicyError(f'cannot read "{text}"', hint='write it like "h2o(recent=64)": keyword=literal, ...') from None
+
+
+def build(text: str, kind: str = "policy") -> Any:
+    """A fresh policy object from a spec string.
+
+    Raises PolicyError for an unknown name, a file that does not import, or a parameter it does not have.
+    """
+    spec = parse_spec(text)
+    cls = find(spec.name, kind)
+    known = [f.name for f in fields(cls)]
+    for key in spec.parameters:
+        if key not in known:
+            raise PolicyError(f'{kind} "{spec.name}" has no parameter "{key}"', where=text, hint=f"it has {', '.join(known)}")
+    try:
+        return cls(**spec.parameters)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f'{kind} "{spec.name}" refused its parameters: {error}', where=text) from error
+
+
+def find(name: str, kind: str = "policy") -> type:
+    """The class behind a registered name, a module or a file (optionally ":Class")."""
+    path, _, attribute = name.partition(":")
+    if path.endswith(".py"):
+        module = load_file(Path(path))
+        return _from_module(module, attribute, kind, name)
+    load_all()
+    if (kind, name) in _TABLE:
+        return _TABLE[kind, name]
+    if attribute:
+        return _from_module(_import(path), attribute, kind, name)
+    listing = "`kvsim list policies`" if kind == "policy" else "`kvsim list offload`"
+    raise PolicyError(f'unknown {kind} "{name}"', hint=nearest(name, names(kind), listing))
+
+
+def names(kind: str = "policy") -> list[str]:
+    """All registered names, sorted."""
+    load_all()
+    return sorted(n for k, n in _TABLE if k == kind)
+
+
+def load_all() -> None:
+    """Import the built-in policies and the installed plug-ins; a second call does nothing."""
+    for module in BUILT_IN:
+        importlib.import_module(f"kvsim.policies.{module}")
+    if "plugins" not in _LOADED:
+        _LOADED.add("plugins")
+        from importlib.metadata import entry_points
+
+        for entry in entry_points(group="kvsim.plugins"):
+            _import(entry.value)
+
+
+_LOADED: set[str] = set()
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a user's file under a name made of its content, so that an edited file is a new module."""
+    if not path.is_file():
+        raise PolicyError(f'no file "{path}"', hint="give the path of a .py file that uses @policy")
+    name = "kvsim_plugin_" + hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except PolicyError:
+        del sys.modules[name]
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise PolicyError(f"the file does not import: {type(error).__name__}: {error}", where=str(path)) from error
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PolicyError(f'cannot import "{name}": {error}') from error
+
+
+def _from_module(module: ModuleType, attribute: str, kind: str, name: str) -> type:
+    registered = [c for (k, _), c in _TABLE.items() if k == kind and c.__module__ == module.__name__]
+    if attribute:
+        cls = getattr(module, attribute, None)
+        if cls in registered:
+            return cls
+        raise PolicyError(f'"{name}" is not a registered {kind}', hint=f"decorate the class with @{kind}(...)")
+    if len(registered) == 1:
+        return registered[0]
+    found = ", ".join(c.__name__ for c in registered) or "none"
+    raise PolicyError(
+        f'"{name}" holds {len(registered)} {kind} classes ({found})',
+        hint="name one: file.py:Class" if registered else f"decorate a class with @{kind}(...)",
+    )
+
+
+def source_hash(instance: object) -> str:
+    """SHA-256 of the class's module source: part of a run's identity."""
+    module = sys.modules[type(instance).__module__]
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()

@@ -1,0 +1,335 @@
+"""What a trace is: requests, each a sequence of accesses; and the two views, pages and pools.
+
+A step's weights are stored per token and KV head. How coarse the cache looks at them is a property of
+the *view*, not of the file: `trace.paged(16)` sums the weights of 16 tokens, `trace.pooled("layer")`
+averages over the KV heads of a layer. Every trace, from a file or from memory, yields the same
+`Access`, and nothing above this module knows where it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kvsim.errors import TraceError
+
+POOLS = ("head", "layer", "token")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of the cached model, from its configuration.
+
+    Sizes are counts, except `kv_bytes`: bytes of one stored key or value element.
+    """
+
+    layers: int
+    kv_heads: int
+    group: int = 1  # query heads per KV head
+    head_dim: int = 64
+    kv_bytes: float = 2.0
+    hidden: int = 0
+    intermediate: int = 0
+    vocab: int = 0
+    name: str = "unnamed"
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of keys and values of one token in one KV head of one layer."""
+        return 2.0 * self.head_dim * self.kv_bytes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What prefill left behind, in the units of the view (pages and pools already applied).
+
+    `colsum`, `colsq`, `colmax`: float32 [layers, kv_heads, keys], over all prompt rows.
+    `rows`: float32 [rows, layers, kv_heads, keys], the last stored prompt rows, oldest first; the last
+    one belongs to the last prompt token. `peaks`: the largest single-token weight, same shape.
+    `visible`: int32 [rows, layers], tokens each of those rows could see.
+    """
+
+    colsum: np.ndarray
+    colsq: np.ndarray | None
+    colmax: np.ndarray | None
+    rows: np.ndarray
+    peaks: np.ndarray
+    visible: np.ndarray
+
+
+@dataclass(slots=True)
+class Access:
+    """One step as the cache sees it.
+
+    `row` and `peak` are float32 [layers, kv_heads, stride] over the keys of the request: the summed weight
+    of each page, and the largest weight of one of its tokens. They are buffers, overwritten by the next
+    access; keys at or beyond `keys` hold zeros. `step` is 0 at prefill and counts decode steps from 1.
+    """
+
+    step: int
+    row: np.ndarray
+    peak: np.ndarray
+    keys: int  # keys that exist after this access: 0 .. keys-1
+    tokens: int  # tokens that exist after this access
+    fresh: int  # how many of the keys, the last ones, were born in this step
+    first: np.ndarray  # int32 [layers of the view]: first key the layer's query can see (sliding window)
+    visible: np.ndarray  # int32 [layers of the view]: tokens the layer's query can see
+    prompt: Prompt | None = None
+
+    @property
+    def prefill(self) -> bool:
+        return self.step == 0
+
+
+@dataclass(slots=True)
+class TokenRow:
+    """One step before any view: weights per token. `row`: float32 [layers, kv_heads, tokens], a reused buffer."""
+
+    step: int
+    row: np.ndarray
+    kv_lo: np.ndarray  # int32 [layers]
+    kv_hi: int
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompt statistics before any view; shapes as in `Prompt`, in tokens. `kv_lo`: int32 [rows, layers]."""
+
+    colsum: np.ndarray
+    colsq: np.ndarray | None
+    colmax: np.ndarray | None
+    rows: np.ndarray
+    kv_lo: np.ndarray
+
+
+class Source:
+    """One captured request as it is stored. Subclasses read a file or hold arrays."""
+
+    id: int
+    prompt_tokens: int
+    output_tokens: int  # decode rows
+    facts: Mapping[str, Any]  # "tokens", "need" (gold sources per decode step), "step_seconds", ... where known
+
+    def prompt(self) -> PromptRows:
+        raise NotImplementedError
+
+    def token_rows(self) -> Iterator[TokenRow]:
+        """The decode rows in order; each yields the same buffer again."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request through a view."""
+
+    source: Source
+    page_size: int = 1
+    pool: str = "head"
+
+    @property
+    def id(self) -> int:
+        return self.source.id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.source.prompt_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        return self.source.output_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache at the end: prompt and decode steps."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def stride(self) -> int:
+        """Keys (pages) of the whole request."""
+        return -(-self.tokens // self.page_size)
+
+    def accesses(self) -> Iterator[Access]:
+        """Prefill, then one access per decode step. Buffers are reused: copy what must outlive a step."""
+        source, size = self.source, self.page_size
+        stats = source.prompt()
+        prompt = self._prompt(stats)
+        n = self.prompt_tokens
+        keys = -(-n // size)
+        row = np.zeros((*prompt.rows.shape[1:3], self.stride), np.float32)
+        peak = row if size == 1 else np.zeros_like(row)
+        row[..., :keys] = prompt.rows[-1]
+        peak[..., :keys] = prompt.peaks[-1]
+        first, visible = self._seen(stats.kv_lo[-1], n)
+        yield Access(0, row, peak, keys, n, keys, first, visible, prompt)
+        for t in source.token_rows():
+            before, keys = keys, -(-t.kv_hi // size)
+            if size == 1 and self.pool == "head":
+                row = peak = t.row
+            else:
+                pooled = _pool(t.row, self.pool)
+                _page(pooled, size, t.kv_hi, row, peak)
+            yield Access(t.step, row, peak, keys, t.kv_hi, keys - before, *self._seen(t.kv_lo, t.kv_hi))
+
+    def _seen(self, kv_lo: np.ndarray, kv_hi: int) -> tuple[np.ndarray, np.ndarray]:
+        """First visible key and number of visible tokens, per layer of the view."""
+        if self.pool == "token":
+            kv_lo = kv_lo.min(keepdims=True)
+        return (kv_lo // self.page_size).astype(np.int32), (kv_hi - kv_lo).astype(np.int32)
+
+    def _prompt(self, stats: PromptRows) -> Prompt:
+        size, n = self.page_size, self.prompt_tokens
+        count = stats.rows.shape[0]
+        last = n - count + 1 + np.arange(count)  # one past the query position of each stored row
+        visible = np.stack([self._seen(lo, hi)[1] for lo, hi in zip(stats.kv_lo, last, strict=True)])
+
+        def paged(a: np.ndarray | None, peaks: bool = False) -> np.ndarray | None:
+            if a is None:
+                return None
+            a = _pool(a, self.pool)
+            if size == 1:
+                return a
+            starts = np.arange(0, n, size)
+            return (np.maximum if peaks else np.add).reduceat(a, starts, axis=-1)
+
+        return Prompt(
+            colsum=paged(stats.colsum),
+            colsq=paged(stats.colsq),
+            colmax=paged(stats.colmax, peaks=True),
+            rows=paged(stats.rows),
+            peaks=paged(stats.rows, peaks=True),
+            visible=visible,
+        )
+
+
+def _pool(a: np.ndarray, pool: str) -> np.ndarray:
+    """Mean over the KV heads of a layer, or over all lanes; axes [..., layers, kv_heads, keys] stay."""
+    if pool == "head":
+        return a
+    if pool == "layer":
+        return a.mean(axis=-2, keepdims=True)
+    return a.mean(axis=(-3, -2), keepdims=True)
+
+
+def _page(tokens: np.ndarray, size: int, kv_hi: int, row: np.ndarray, peak: np.ndarray) -> None:
+    """Sum and largest weight of each page of `size` tokens, into buffers that stay zero beyond `kv_hi`."""
+    full, rest = divmod(kv_hi, size)
+    if full:
+        block = tokens[..., : full * size].reshape(*tokens.shape[:-1], full, size)
+        np.sum(block, axis=-1, out=row[..., :full])
+        np.max(block, axis=-1, out=peak[..., :full])
+    if rest:
+        row[..., full] = tokens[..., full * size : kv_hi].sum(-1)
+        peak[..., full] = tokens[..., full * size : kv_hi].max(-1)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Captured requests of one model, seen through a page size and a pool.
+
+    `fingerprint` names the content: two traces with the same fingerprint hold the same rows. `path` is
+    where it was read from, for messages only.
+    """
+
+    sources: Sequence[Source]
+    geometry: Geometry
+    fingerprint: str
+    name: str = "trace"
+    page_size: int = 1
+    pool: str = "head"
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    path: str | None = None
+
+    def paged(self, page_size: int) -> Trace:
+        """The same trace in pages of `page_size` tokens (weights summed)."""
+        if page_size < 1:
+            raise TraceError(f"a page of {page_size} tokens", hint="use a page size of 1 or more")
+        return replace(self, page_size=int(page_size))
+
+    def pooled(self, pool: str) -> Trace:
+        """The same trace with one lane per KV head ("head"), per layer ("layer") or in all ("token")."""
+        if pool not in POOLS:
+            raise TraceError(f'unknown pool "{pool}"', hint='use "head", "layer" or "token"')
+        return replace(self, pool=pool)
+
+    @property
+    def lanes(self) -> tuple[int, int]:
+        """(layers, KV heads) as the view shows them."""
+        g = self.geometry
+        return {"head": (g.layers, g.kv_heads), "layer": (g.layers, 1), "token": (1, 1)}[self.pool]
+
+    @property
+    def page_bytes(self) -> float:
+        """Bytes of keys and values of one page in one lane of this view."""
+        g, (layers, heads) = self.geometry, self.lanes
+        return self.page_size * g.token_bytes * (g.layers * g.kv_heads) / (layers * heads)
+
+    def requests(self) -> list[Request]:
+        return [Request(s, self.page_size, self.pool) for s in self.sources]
+
+    def only(self, ids: Sequence[int]) -> Trace:
+        """The requests with these ids, in the trace's order; its fingerprint names the choice too."""
+        known = {s.id for s in self.sources}
+        if missing := [i for i in ids if i not in known]:
+            raise TraceError(f"the trace holds no request {missing[0]}", where=self.path, hint=f"it holds {sorted(known)}")
+        chosen = [s for s in self.sources if s.id in set(ids)]
+        tag = ",".join(str(s.id) for s in chosen)
+        return replace(self, sources=chosen, fingerprint=hashlib.sha256(f"{self.fingerprint}:{tag}".encode()).hexdigest())
+
+    def to_pandas(self):
+        """Long form, one line per stored weight of a decode row: request, step, layer, head, position, weight."""
+        import pandas as pd
+
+        parts = []
+        for source in self.sources:
+            for t in source.token_rows():
+                layer, head, position = np.nonzero(t.row[..., : t.kv_hi])
+                parts.append(
+                    pd.DataFrame(
+                        {
+                            "request": np.int32(source.id),
+                            "step": np.int32(t.step),
+                            "layer": layer.astype(np.int16),
+                            "head": head.astype(np.int16),
+                            "position": position.astype(np.int32),
+                            "weight": t.row[layer, head, position],
+                        }
+                    )
+                )
+        return pd.concat(parts, ignore_index=True)
+
+
+class DenseSource(Source):
+    """A request held in memory: for tests, synthetic traces and benchmarks.
+
+    `prompt_rows`: float32 [prompt, layers, kv_heads, prompt], lower-triangular in the first and last axis.
+    `decode_rows`: float32 [steps, layers, kv_heads, prompt + steps]; row i sees keys 0 .. prompt + i.
+    """
+
+    def __init__(self, prompt_rows: np.ndarray, decode_rows: np.ndarray, id: int = 0, facts: Mapping[str, Any] | None = None):
+        self.id, self.facts = id, dict(facts or {})
+        self._prompt = np.asarray(prompt_rows, np.float32)
+        self._decode = np.asarray(decode_rows, np.float32)
+        self.prompt_tokens = self._prompt.shape[0]
+        self.output_tokens = self._decode.shape[0]
+
+    def prompt(self) -> PromptRows:
+        p = self._prompt
+        return PromptRows(p.sum(0), (p * p).sum(0), p.max(0), p, np.zeros(p.shape[:2], np.int32))
+
+    def token_rows(self) -> Iterator[TokenRow]:
+        lo = np.zeros(self._decode.shape[1], np.int32)
+        for i, row in enumerate(self._decode):
+            yield TokenRow(i + 1, row, lo, self.prompt_tokens + i + 1)
+
+
+def dense_trace(sources: Sequence[DenseSource], geometry: Geometry | None = None, name: str = "memory") -> Trace:
+    """A trace of requests held in memory; its fingerprint is the hash of the weights."""
+    digest = hashlib.sha256()
+    for s in sources:
+        digest.update(s._prompt.tobytes() + s._decode.tobytes())
+    layers, heads = sources[0]._decode.shape[1:3]
+    return Trace(list(sources), geometry or Geometry(layers, heads), digest.hexdigest(), name)
