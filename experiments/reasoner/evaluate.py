@@ -1,6 +1,6 @@
 """Measure the committed weights: free-running greedy answers by pack length, re-use gaps, and the README tables.
 
-    python experiments/reasoner/evaluate.py [--samples 200] [--model experiments/reasoner/model]
+    python -m experiments.reasoner.evaluate [--samples 200] [--model experiments/reasoner/model]
 
 The model gets the prompt and nothing else.  A problem counts as right if all its asked values are stated rightly, a
 pack if all its problems are; `exact` asks for every generated token to be the gold one.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-import task
+from . import task
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = (6, 8)

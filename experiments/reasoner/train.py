@@ -1,6 +1,6 @@
 """Train the reasoner from nothing.
 
-    python experiments/reasoner/train.py --device cpu --minutes 60 --seed 0 --out experiments/reasoner/model
+    python -m experiments.reasoner.train --device cpu --minutes 60 --seed 0 --out experiments/reasoner/model
 
 The curriculum goes from one short problem to the full pack.  A level is passed when enough fresh packs are entirely
 right.  Every generated token is determined by what precedes it, so "the arg-max is right at every position of the right
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import task
+from . import task
 
 LEVELS = [(1, 4), (2, 4), (2, 7), (3, 8), (4, 8), (6, 8)]   # (problems, steps); the last one is shipped
 PASS = 0.6       # share of entirely right packs that opens the next level
@@ -163,6 +163,7 @@ def main(argv=None) -> dict:
     ap.add_argument("--lr", type=float, default=2e-3)
     ap.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
     ap.add_argument("--report", type=float, default=30, help="seconds between measurements")
+    ap.add_argument("--checkpoint", type=float, default=120, help="seconds between checkpoints")
     args = ap.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -208,7 +209,7 @@ def main(argv=None) -> dict:
             print(json.dumps(row), flush=True)
             if row["whole"] >= PASS and level + 1 < len(LEVELS):
                 level += 1
-            if elapsed - saved >= 120:
+            if elapsed - saved >= args.checkpoint:
                 saved = elapsed
                 part = state_file.with_suffix(".part")
                 torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "level": level, "step": step,

@@ -79,14 +79,25 @@ def decode_attention_seconds(gpu: Gpu, sequences: float, kv_bytes: Any) -> Any:
     return gpu.attention_fixed + gpu.attention_per_sequence * sequences + kv_bytes / gpu.kv_bandwidth
 
 
-def prefill_attention_flop(shape: ModelShape, queries: float, context: Any) -> Any:
-    """FLOP of causal attention of one sequence: `queries` new tokens at the end of `context` tokens."""
-    pairs = queries * np.maximum(context, queries) - queries * queries / 2.0
-    return 4.0 * shape.heads * shape.head_dim * pairs
+def prefill_attention_seconds(gpu: Gpu, shape: ModelShape, queries: float, sequences: float, context: Any) -> Any:
+    """Causal attention of `sequences` prompts of `queries` new tokens each, at the end of `context` tokens.
+
+    Each row also costs a fixed number of keys (its blocks on the diagonal, its epilogue), which is why short prompts
+    reach a fraction of the rate of long ones.
+    """
+    keys = np.maximum(context, queries) - queries / 2.0 + gpu.attention_row_keys
+    flop = 4.0 * shape.heads * shape.head_dim * sequences * queries * keys
+    return gpu.attention_fixed + gpu.attention_per_sequence * sequences + flop / gpu.attention_flops
 
 
 def layer_seconds(
-    gpu: Gpu, shape: ModelShape, queries: int, sequences: int, prefill: bool, kv_read: np.ndarray, kv_multiplier: float = 1.0
+    gpu: Gpu,
+    shape: ModelShape,
+    queries: int,
+    sequences: int,
+    prefill: bool,
+    kv_read: np.ndarray,
+    kv_multiplier: float = 1.0,
 ) -> np.ndarray:
     """Seconds of each layer, float64 [layers].
 
@@ -97,11 +108,9 @@ def layer_seconds(
     small = gpu.small_kernels * gpu.kernel_time + queries * shape.token_traffic / gpu.weight_bandwidth
     attention = decode_attention_seconds(gpu, sequences, kv_multiplier * np.asarray(kv_read, float))
     if prefill and sequences:
-        each = queries / sequences
         context = np.asarray(kv_read, float) / (shape.kv_token_bytes * sequences)
-        flop = sequences * prefill_attention_flop(shape, each, context)
-        fixed = gpu.attention_fixed + gpu.attention_per_sequence * sequences
-        attention = np.maximum(attention, fixed + flop / gpu.attention_flops)
+        pairs = prefill_attention_seconds(gpu, shape, queries / sequences, sequences, context)
+        attention = np.maximum(attention, pairs)
     return linear + small + gpu.layer_gap + attention
 
 
@@ -122,17 +131,12 @@ def shape_from_geometry(geometry: Geometry) -> ModelShape:
                 where=g.name,
                 hint=f"time it as another model: {', '.join(SHAPES)}, or a config.json",
             )
-    return ModelShape(
-        g.name, g.layers, g.hidden, g.kv_heads * g.group, g.kv_heads, g.head_dim, g.intermediate, g.vocab, kv_bytes=g.kv_bytes
-    )
+    sizes = (g.layers, g.hidden, g.kv_heads * g.group, g.kv_heads, g.head_dim, g.intermediate, g.vocab)
+    return ModelShape(g.name, *sizes, kv_bytes=g.kv_bytes)
 
 
-_GATED = {
-    **dict.fromkeys(
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma3_text phi3 granite olmo olmo2 smollm3 stablelm".split(), True
-    ),
-    **dict.fromkeys("gpt2 gpt_neox opt phi starcoder2 falcon".split(), False),
-}
+_GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "granite", "olmo2")
+_UNGATED = ("gpt2", "gpt_neox", "opt", "phi", "starcoder2")
 _ALIASES = {
     "layers": ("num_hidden_layers", "n_layer"),
     "hidden": ("hidden_size", "n_embd"),
@@ -163,7 +167,9 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     size = {name: _size(c, keys, where) for name, keys in _ALIASES.items()}
     kind, gated = c.get("model_type"), c.get("gated_mlp")
     if gated is None and kind not in _GATED:
-        raise ConfigError(f'unknown model_type "{kind}"', where=where, hint='say whether its MLP has a gate: "gated_mlp": true')
+        raise ConfigError(
+            f'unknown model_type "{kind}"', where=where, hint='say whether its MLP has a gate: "gated_mlp": true'
+        )
     dtype = str(c.get("dtype") or c.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in _BYTES:
         raise ConfigError(f'unknown dtype "{dtype}"', where=where, hint=f"use one of {', '.join(_BYTES)}")
@@ -175,7 +181,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         intermediate=_intermediate(c, size["hidden"], where),
         value_bytes=_BYTES[dtype],
         kv_bytes=_BYTES[dtype],
-        gated=_GATED[kind] if gated is None else bool(gated),
+        gated=bool(c.get("gated_mlp", kind in _GATED)),
     )
 
 
@@ -190,4 +196,6 @@ def _size(c: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int:
         value = c.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
-    raise ConfigError(f'"{keys[0]}" is missing or not a positive number', where=where, hint="take the model's own config.json")
+    raise ConfigError(
+        f'"{keys[0]}" is missing or not a positive number', where=where, hint="take the model's own config.json"
+    )

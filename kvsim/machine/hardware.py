@@ -33,7 +33,8 @@ class Gpu:
     weight_bandwidth: float = _of("bandwidth")  # weights streamed by a GEMM of few rows
     kv_bandwidth: float = _of("bandwidth")  # keys and values streamed by decode attention
     gemm_flops: float = _of("flops")
-    attention_flops: float = _of("flops")  # prefill attention
+    attention_flops: float = _of("flops")  # prefill attention of long prompts
+    attention_row_keys: float = _of("count")  # what a prefill row costs beside its keys, in keys: short prompts are slower
     kernel_time: float = _of("seconds")  # fixed part of every GEMM and small kernel
     small_kernels: float = _of("count")  # norms, rotation, activation: kernels per layer beside GEMMs and attention
     attention_fixed: float = _of("seconds")
@@ -182,9 +183,8 @@ class Hardware:
             lines += ["", f"[{table}]"]
             for f in fields(kind):
                 c = self.constants[f"{table}.{f.name}"]
-                lines.append(
-                    f"{f.name} = {{value = {_quote(c.value)}, evidence = {_quote(c.evidence)}, source = {_quote(c.source)}}}"
-                )
+                entry = ", ".join(f"{part} = {_quote(getattr(c, part))}" for part in ("value", "evidence", "source"))
+                lines.append(f"{f.name} = {{{entry}}}")
         return "\n".join(lines) + "\n"
 
 
@@ -208,7 +208,9 @@ def _constants(table: Mapping[str, Any], where: str | None, prefix: str = ""):
             problem = "is missing" if odd - set(entry) else "is not understood"
             raise ConfigError(f'{key}: "{sorted(odd)[0]}" {problem}', where=where, hint=_form(key))
         if entry["evidence"] not in EVIDENCE:
-            raise ConfigError(f'{key}: evidence "{entry["evidence"]}"', where=where, hint=f"use one of {', '.join(EVIDENCE)}")
+            raise ConfigError(
+                f'{key}: evidence "{entry["evidence"]}"', where=where, hint=f"use one of {', '.join(EVIDENCE)}"
+            )
         if not isinstance(entry["source"], str) or not entry["source"]:
             raise ConfigError(f"{key}: the source is empty", where=where, hint=_form(key))
         yield key, Constant(entry["value"], entry["evidence"], entry["source"])

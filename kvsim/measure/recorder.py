@@ -6,7 +6,7 @@ for SDPA, and a custom kernel can call it itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,11 +89,13 @@ class PromptLayer:
         torch.maximum(self.colmax[..., :keys], mean.amax(2), out=self.colmax[..., :keys])
         self._add_spans(first, mean)
         kept = slice(max(0, self._first_kept - first), None)
+        if kept.start >= mean.shape[2]:
+            return
         self._rows.append(self._widened(mean[:, :, kept]))
         if self._heads == "max":
             self._peaks.append(self._widened(weights.amax(2)[:, :, kept]))
         if sink is not None:
-            self._sinks.append(_reduced(sink, self._heads)[:, :, kept])
+            self._sinks.append(_reduced(sink, self._heads)[:, :, kept].cpu())
 
     def _add_spans(self, first: int, mean: Tensor) -> None:
         rows, keys = mean.shape[2:]
@@ -103,15 +105,16 @@ class PromptLayer:
                 self.spans[b][i, :, :keys] += mean[b, :, inside].sum(1)
 
     def _widened(self, rows: Tensor) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, self._keys - rows.shape[-1]))
+        """Rows over all keys, off the device: many last rows would be the largest thing on it."""
+        return torch.nn.functional.pad(rows.cpu(), (0, self._keys - rows.shape[-1]))
 
     def close(self) -> None:
-        """Leave the device now: held for all layers, last rows would be the largest thing on it."""
+        """Everything becomes NumPy arrays."""
         self.colsum, self.colsq, self.colmax = (numpy(x) for x in (self.colsum, self.colsq, self.colmax))
         self.spans = [numpy(x) for x in self.spans]
-        self.rows = numpy(torch.cat(self._rows, 2))
-        self.peaks = numpy(torch.cat(self._peaks, 2)) if self._peaks else None
-        self.sinks = numpy(torch.cat(self._sinks, 2)) if self._sinks else None
+        self.rows = torch.cat(self._rows, 2).numpy()
+        self.peaks = torch.cat(self._peaks, 2).numpy() if self._peaks else None
+        self.sinks = torch.cat(self._sinks, 2).numpy() if self._sinks else None
         self._rows, self._peaks, self._sinks = [], [], []
 
 
@@ -122,6 +125,8 @@ class Recorder:
     keeps every query head. `prompt_rows`: how many of the last prompt rows are kept (None: all). `row_block`:
     prompt rows computed at once. Rows are those of the *current* query positions: a pass that adds several
     tokens to an empty cache is the prompt, a pass that adds one token to a filled cache is a decode step.
+
+    `on_prompt`, where set, is handed each layer of a prompt as soon as it is done, instead of `take`.
     """
 
     def __init__(self, *, heads: str = "mean", prompt_rows: int | None = 64, vectors: bool = False, row_block: int = 64):
@@ -131,6 +136,7 @@ class Recorder:
             raise CaptureError("prompt rows and row blocks are counted from 1", hint="the last prompt row is always stored")
         self.heads, self.prompt_rows, self.vectors, self.row_block = heads, prompt_rows, vectors, row_block
         self.spans: Spans = ()
+        self.on_prompt: Callable[[PromptLayer], None] | None = None
         self.features: dict[int, dict] = {}  # layer -> window, softcap, sinks, heads: what the model turned out to use
         self.begin(None)
         self._notes: list[DecodeRow | PromptLayer] = []
@@ -182,7 +188,10 @@ class Recorder:
             new = slice(call.keys - call.rows, call.keys)
             note.vectors = Vectors(call.q.half(), call.k[:, :, new].half(), v[:, :, new].half())
         note.close()
-        self._notes.append(note)
+        if self.on_prompt and isinstance(note, PromptLayer):
+            self.on_prompt(note)
+        else:
+            self._notes.append(note)
         return torch.cat(outputs, 1) if compute else None
 
     def _note(self, layer: int, call: Call) -> DecodeRow | PromptLayer:

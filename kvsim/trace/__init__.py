@@ -23,7 +23,7 @@ _HOME = {
     "open_trace": "reader",
     "synthetic_trace": "synthetic",
 }
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -121,6 +121,16 @@ class Source:
         """The decode rows in order; each yields the same buffer again."""
         raise NotImplementedError
 
+    def entries(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """The stored weights of each decode step: step, and arrays of layer, head, position and weight."""
+        for t in self.token_rows():
+            layer, head, position = np.nonzero(t.row[..., : t.kv_hi])
+            yield t.step, layer, head, position, t.row[layer, head, position]
+
+    def vectors(self) -> Iterator[Any]:
+        """q, k and v per step and layer, where they were captured."""
+        raise TraceError("the trace holds no q, k and v", hint="capture it with --vectors")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -285,17 +295,16 @@ class Trace:
 
         parts = []
         for source in self.sources:
-            for t in source.token_rows():
-                layer, head, position = np.nonzero(t.row[..., : t.kv_hi])
+            for step, layer, head, position, weight in source.entries():
                 parts.append(
                     pd.DataFrame(
                         {
                             "request": np.int32(source.id),
-                            "step": np.int32(t.step),
+                            "step": np.int32(step),
                             "layer": layer.astype(np.int16),
                             "head": head.astype(np.int16),
                             "position": position.astype(np.int32),
-                            "weight": t.row[layer, head, position],
+                            "weight": weight,
                         }
                     )
                 )

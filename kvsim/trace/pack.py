@@ -105,7 +105,13 @@ class VectorFile:
     """The growing `vectors-<request>.parquet`: at most VECTOR_TOKENS tokens per line."""
 
     SCHEMA = pa.schema(
-        [("request", pa.int32()), ("step", pa.int32()), ("layer", pa.int16()), ("tokens", pa.int32())]
+        [
+            ("request", pa.int32()),
+            ("step", pa.int32()),
+            ("layer", pa.int16()),
+            ("tokens", pa.int32()),
+            ("head_dim", pa.int32()),
+        ]
         + [(name, pa.binary()) for name in ("position", "q", "k", "v")]
     )
 
@@ -123,7 +129,7 @@ class VectorFile:
         for i in range(0, len(positions), VECTOR_TOKENS):
             part = slice(i, i + VECTOR_TOKENS)
             blobs = [positions[part].tobytes(), *(np.ascontiguousarray(a[:, part]).tobytes() for a in halves)]
-            self.lines.append((self.request, step, layer, len(positions[part]), *blobs))
+            self.lines.append((self.request, step, layer, len(positions[part]), halves[0].shape[-1], *blobs))
             self.bytes += sum(map(len, blobs))
             if self.bytes >= GROUP_BYTES:
                 self.flush()

@@ -1,0 +1,1 @@
+"""A small chain-of-thought model trained for kvsim: task, training, evaluation, weights."""

@@ -1,0 +1,305 @@
+"""One iteration of the serving loop on the machine: per layer, wait for the submit thread and the pages, compute.
+
+Layer l's fetch starts when its list is known and submitted, when layer l - depth has left its staging buffer, and
+when the link is free; its compute starts after layer l - 1, its submission and its fetch. Nothing else is
+assumed: stalls, contention and late prefetches come out of the queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import simpy
+
+from kvsim.errors import ConfigError
+from kvsim.machine.compute import ModelShape, head_seconds, layer_seconds
+from kvsim.machine.hardware import Hardware
+from kvsim.machine.links import DEMAND, PREFETCH, WRITE_BACK, Clock, Engine, Line, Server, SsdEngine, gather_seconds
+
+OVERLAPS = ("layer", "step", "none")
+MOVES = ("fetch_host", "fetch_ssd", "spill_host", "spill_ssd")
+
+
+@dataclass(slots=True)
+class Work:
+    """One iteration of the serving loop, as the cache left it. Arrays are float64 [layers]."""
+
+    queries: int  # query tokens in this iteration (decode: running sequences; prefill: prompt tokens)
+    sequences: int
+    prefill: bool
+    kv_read: np.ndarray  # KV bytes that attention reads
+    fetch_host: np.ndarray  # bytes host -> GPU, waited for
+    fetch_host_copies: np.ndarray  # in how many copies: pages, or merged runs
+    fetch_ssd: np.ndarray  # bytes SSD -> pinned staging -> GPU, waited for
+    fetch_ssd_copies: np.ndarray
+    spill_host: np.ndarray  # bytes GPU -> host, not waited for
+    spill_host_copies: np.ndarray
+    spill_ssd: np.ndarray  # bytes host -> SSD, not waited for
+    spill_ssd_copies: np.ndarray
+    known: str = "layer"  # the fetch list of a layer is known at the "start" of the step, or after the "layer" before
+    policy_s: float = 0.0  # modelled compute of the policy on the GPU stream, spread over the layers
+
+    @classmethod
+    def idle(cls, layers: int, **given) -> Work:
+        """Work that moves and reads nothing but what is given; numbers stand for every layer."""
+        moved = [move + suffix for move in MOVES for suffix in ("", "_copies")]
+        arrays = {name: np.full(layers, float(0), float) for name in ("kv_read", *moved)}
+        for name in arrays.keys() & given.keys():
+            arrays[name] = arrays[name] + given.pop(name)
+        for move in MOVES:  # bytes without a count are one copy per layer
+            arrays[f"{move}_copies"] = np.maximum(arrays[f"{move}_copies"], arrays[move] > 0)
+        return cls(**{"queries": 1, "sequences": 1, "prefill": False, **arrays, **given})
+
+
+@dataclass(slots=True)
+class Record:
+    """What an iteration took: end - start = compute + stall + submit + queued."""
+
+    start_s: float
+    end_s: float = 0.0
+    compute_s: float = 0.0
+    stall_s: float = 0.0  # the stream waited for a transfer
+    submit_s: float = 0.0  # the stream waited for the submit thread
+    queued_s: float = 0.0  # the stream was computing for somebody else
+    layer_end_s: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+class Machine:
+    """A GPU, its host link and an SSD, shared by every process that iterates on it.
+
+    `overlap`: "layer" pipelines fetch and compute layer by layer; "step" fetches all pages of a step in one go
+    while it computes; "none" fetches, then computes. `kv_multiplier`: how often the attention implementation
+    moves the KV bytes it reads.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        hardware: Hardware,
+        shape: ModelShape,
+        overlap: str = "layer",
+        kv_multiplier: float = 1.0,
+    ):
+        if overlap not in OVERLAPS:
+            raise ConfigError(f'unknown overlap "{overlap}"', hint=f"use one of {', '.join(OVERLAPS)}")
+        self.env, self.hardware, self.shape = env, hardware, shape
+        self.overlap, self.kv_multiplier = overlap, kv_multiplier
+        self.clock = clock = Clock(env)
+        pageable = hardware.host.copies == "pageable"
+        self.cpu, self.stream, self.gather = Line(clock), Server(clock, "gpu.stream"), Server(clock, "host.copy")
+        self.h2d = Engine(clock, "link.h2d", hardware.h2d, pageable)
+        self.d2h = Engine(clock, "link.d2h", hardware.d2h, pageable)
+        self.read, self.write = (
+            SsdEngine(clock, "ssd.read", hardware.ssd),
+            SsdEngine(clock, "ssd.write", hardware.ssd, True),
+        )
+        self.stream.slows((self.h2d, self.d2h), 1.0 / (1.0 + hardware.gpu.copy_slowdown))
+        self.h2d.slows((self.d2h,), hardware.h2d.duplex)
+        self.d2h.slows((self.h2d,), hardware.d2h.duplex)
+        self.read.slows((self.write,), hardware.ssd.mixed)
+        self.write.slows((self.read,), hardware.ssd.mixed)
+
+    @property
+    def links(self) -> dict[str, Server]:
+        """Per link and direction: bytes, transfers, copies, busy_s, waited_s, utilisation(now)."""
+        return {server.name: server for server in (self.h2d, self.d2h, self.read, self.write)}
+
+    @property
+    def events(self) -> int:
+        """SimPy events this machine has caused so far."""
+        return self.clock.events
+
+    def compute_seconds(self, work: Work) -> np.ndarray:
+        """Undisturbed seconds of each layer, float64 [layers], the policy's share included; without the head."""
+        gpu, shape = self.hardware.gpu, self.shape
+        seconds = layer_seconds(
+            gpu, shape, work.queries, work.sequences, work.prefill, work.kv_read, self.kv_multiplier
+        )
+        return seconds + work.policy_s / shape.layers
+
+    def iterate(self, work: Work) -> Generator[simpy.Event, None, Record]:
+        """Run one iteration: `record = yield from machine.iterate(work)` inside a SimPy process."""
+        assert len(work.kv_read) == self.shape.layers, "work and model differ in their number of layers"
+        return (yield from _Step(self, work).run())
+
+
+class _Step:
+    """The state of one iteration. With "step" and "none" all layers are lumped into one."""
+
+    def __init__(self, machine: Machine, work: Work):
+        self.machine, self.clock = machine, machine.clock
+        hardware = machine.hardware
+        self.seconds = machine.compute_seconds(work)
+        self.lumped = machine.overlap != "layer"
+        self.layers = 1 if self.lumped else len(self.seconds)
+        moves = [getattr(work, move + suffix) for move in MOVES for suffix in ("", "_copies")]
+        moves = [[float(a.sum())] if self.lumped else a.tolist() for a in moves]
+        self.host, self.host_n, self.ssd, self.ssd_n, self.out, self.out_n, self.store, self.store_n = moves
+        self.copies = [a + b for a, b in zip(self.host_n, self.ssd_n, strict=True)]
+        self.fetches = [a + b > 0 for a, b in zip(self.host, self.ssd, strict=True)]
+        self.known_at_start = self.lumped or work.known == "start"
+        self.priority = PREFETCH if self.known_at_start else DEMAND
+        self.depth = 1 if self.lumped else max(1, int(hardware.gpu.staging_layers))
+        self.head = head_seconds(hardware.gpu, machine.shape, work.sequences)
+        self.listed: list[float] = [0.0] * self.layers  # when the copies of a layer are submitted
+        self.launched: list[float] = [0.0] * self.layers  # when its kernels are
+        self.copies_submitted = self.kernels_submitted = 0  # layers the submit thread has been given
+        self.issued = self.computed = 0  # layers whose fetch has started, and whose compute has ended
+        self.parts = [0] * self.layers  # transfers a layer still waits for
+        self.timer = False
+        self.gate: simpy.Event | None = None  # the stream waits for the pages of `gate_layer`
+        self.gate_layer = -1
+
+    def run(self) -> Generator[simpy.Event, None, Record]:
+        clock, record = self.clock, Record(self.clock.now)
+        ends = np.empty(len(self.seconds))
+        self._advance()
+        for layer in range(self.layers):
+            if (late := self.launched[layer] - clock.now) > 0:
+                yield clock.sleep(late)
+                record.submit_s += late
+            if self.machine.overlap != "step":
+                yield from self._pages(layer, record)
+            started = clock.now
+            yield from self._compute(self._span(layer), record)
+            if self.lumped:
+                ends[:] = self._ends(started, clock.now)
+            else:
+                ends[layer] = clock.now
+            self.computed = layer + 1
+            self._spill(layer)
+            self._advance()
+        if self.machine.overlap == "step":
+            yield from self._pages(0, record)
+        if self.head:
+            yield from self._compute(self.head, record)
+        record.end_s, record.layer_end_s = clock.now, ends
+        return record
+
+    def _compute(self, seconds: float, record: Record) -> Generator[simpy.Event, None, None]:
+        asked = self.clock.now
+        job = self.machine.stream.put(seconds)
+        yield job.done(self.clock)
+        record.queued_s += job.started - asked
+        record.compute_s += self.clock.now - job.started
+
+    def _pages(self, layer: int, record: Record) -> Generator[simpy.Event, None, None]:
+        """Wait until the pages of a layer are on the GPU."""
+        asked = self.clock.now
+        if self.fetches[layer] and (self.issued <= layer or self.parts[layer]):
+            self.gate, self.gate_layer = self.clock.event(), layer
+            yield self.gate
+            self.gate = None
+        record.stall_s += self.clock.now - asked
+
+    # --- the submit thread -------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Give the submit thread what is known by now, and start the fetches that nothing holds back."""
+        ahead = self.depth if self.known_at_start else 1
+        while self.kernels_submitted < self.layers:
+            while self.copies_submitted < min(self.layers, self.kernels_submitted + ahead):
+                layer = self.copies_submitted
+                if self.fetches[layer] and not self.known_at_start and self.computed < layer:
+                    self._issue()
+                    return  # the thread waits for the layer before, which decides what to fetch
+                self._submit_copies(layer)
+                self.copies_submitted += 1
+            self._submit_kernels(self.kernels_submitted)
+            self.kernels_submitted += 1
+        self._issue()
+
+    def _submit_copies(self, layer: int) -> None:
+        if self.fetches[layer]:
+            machine = self.machine
+            copies = 1.0 if machine.hardware.host.copies == "staged" else self.copies[layer]
+            self.listed[layer] = machine.cpu.reserve(copies * machine.h2d.link.submit)
+            if machine.h2d.blocking:  # pageable: the thread copies while the engine runs
+                machine.cpu.reserve((self.host[layer] + self.ssd[layer]) * machine.h2d.blocking)
+
+    def _submit_kernels(self, layer: int) -> None:
+        """The layer's kernels, then the write-backs that follow it on the stream."""
+        machine, each = self.machine, self.machine.hardware.cpu.layer_submit
+        self.launched[layer] = machine.cpu.reserve(each)
+        rest = (len(self.seconds) - 1) * each if self.lumped else 0.0
+        spills = self.out_n[layer] * machine.d2h.link.submit + self.out[layer] * machine.d2h.blocking
+        machine.cpu.reserve(rest + spills)
+
+    # --- moving pages ------------------------------------------------------------------------------------
+
+    def _issue(self) -> None:
+        """Start, in order, the fetches that are submitted and have a staging buffer."""
+        while self.issued < min(self.copies_submitted, self.computed + self.depth):
+            if (late := self.listed[self.issued] - self.clock.now) > 0:
+                if not self.timer:
+                    self.timer = True
+                    self.clock.after(late, self._due)
+                return
+            self._fetch(self.issued)
+            self.issued += 1
+
+    def _due(self, _: simpy.Event) -> None:
+        self.timer = False
+        self._issue()
+
+    def _fetch(self, layer: int) -> None:
+        m, nbytes, arrived = self.machine, self.host[layer], partial(self._arrived, layer)
+        if nbytes:
+            self.parts[layer] += 1
+            if m.hardware.host.copies == "staged":
+                move = partial(m.h2d.move, nbytes, 1, self.priority, arrived)
+                m.gather.put(gather_seconds(m.hardware.host, nbytes), self.priority, move)
+            else:
+                m.h2d.move(nbytes, self.host_n[layer], self.priority, arrived)
+        if nbytes := self.ssd[layer]:
+            self._fetch_ssd(nbytes, max(1.0, self.ssd_n[layer]), layer)
+
+    def _fetch_ssd(self, nbytes: float, blocks: float, layer: int) -> None:
+        """Blocks are copied on while later ones are read: the copy starts so that it ends with the last block."""
+        m, arrived = self.machine, partial(self._arrived, layer)
+        copy = partial(m.h2d.move, nbytes, blocks, self.priority, arrived)
+        lead = min(
+            m.read.seconds(nbytes, blocks) - m.read.first(nbytes, blocks), nbytes * (1 - 1 / blocks) / m.h2d.rate
+        )
+        if lead > 0:
+            self.parts[layer] += 2
+            m.read.move(nbytes, blocks, self.priority, arrived, lead=lead, head=copy)
+        else:
+            self.parts[layer] += 1
+            m.read.move(nbytes, blocks, self.priority, copy)
+
+    def _arrived(self, layer: int) -> None:
+        self.parts[layer] -= 1
+        if not self.parts[layer] and self.gate is not None and self.gate_layer == layer:
+            self.gate.succeed()
+
+    def _spill(self, layer: int) -> None:
+        """Write back behind everything urgent; nobody waits."""
+        m = self.machine
+        if self.out[layer]:
+            m.d2h.move(self.out[layer], self.out_n[layer], WRITE_BACK)
+        if self.store[layer]:
+            m.write.move(self.store[layer], max(1.0, self.store_n[layer]), WRITE_BACK)
+
+    # --- lumped steps ------------------------------------------------------------------------------------
+
+    def _span(self, layer: int) -> float:
+        """Seconds from now to the end of the layer; of all layers, with their submission, where they are lumped."""
+        if not self.lumped:
+            return float(self.seconds[layer])
+        return float(self._recurrence(self.clock.now)[-1] - self.clock.now)
+
+    def _recurrence(self, start: float) -> np.ndarray:
+        """End of each layer when nothing but the submit thread holds it up: e[l] = max(e[l-1], launched[l]) + c[l]."""
+        launched = self.launched[0] + self.machine.hardware.cpu.layer_submit * np.arange(len(self.seconds))
+        through = np.cumsum(self.seconds)
+        return np.maximum.accumulate(np.maximum(launched, start) - through + self.seconds) + through
+
+    def _ends(self, started: float, ended: float) -> np.ndarray:
+        """Ends of lumped layers, stretched to when their job really ended."""
+        ends = self._recurrence(started)
+        span = ends[-1] - started
+        return started + (ends - started) * ((ended - started) / span if span else 1.0)

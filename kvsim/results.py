@@ -1,0 +1,221 @@
+"""What a run leaves behind: a manifest and four Parquet tables, one unit per column and the unit in its name.
+
+The engine stores events, never averages; `summarise` computes the averages from the tables. A result folder is written
+beside its final name and renamed, so it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvsim.errors import ResultError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+STEPS = {
+    "request": np.int32, "step": np.int32, "start_s": np.float64, "end_s": np.float64, "compute_s": np.float64,
+    "stall_s": np.float64, "weight": np.float64, "attended": np.float64, "hit": np.float64, "ceiling": np.float64, "used_pages": np.int64,
+    "found_pages": np.int64, "resident_pages": np.int64, "read_bytes": np.float64, "fetched_host_bytes": np.float64,
+    "fetched_ssd_bytes": np.float64, "spilled_host_bytes": np.float64, "spilled_ssd_bytes": np.float64, "dropped_pages": np.int64,
+}  # fmt: skip
+REQUESTS = {
+    "request": np.int32, "prompt_tokens": np.int32, "output_tokens": np.int32, "admitted_s": np.float64, "first_token_s": np.float64,
+    "finish_s": np.float64, "ttft_s": np.float64, "tpot_s": np.float64, "recall": np.float64, "hit_rate": np.float64,
+    "budget_pages": np.int64, "request_pages": np.int64, "peak_pages": np.int64, "peak_bytes": np.float64,
+}  # fmt: skip
+LANES = {
+    "layer": np.int16, "kv_head": np.int16, "weight": np.float64, "attended": np.float64, "hit": np.float64, "used_pages": np.int64,
+    "found_pages": np.int64,
+}  # fmt: skip
+LINKS = {
+    "link": str, "direction": str, "bytes": np.float64, "transfers": np.int64, "busy_s": np.float64, "waited_s": np.float64,
+    "utilisation": np.float64,
+}  # fmt: skip
+TABLES: dict[str, dict[str, Any]] = {"steps": STEPS, "requests": REQUESTS, "lanes": LANES, "links": LINKS}
+
+
+class Recorder:
+    """Rows of one table, as columns. `add` takes exactly the table's columns."""
+
+    def __init__(self, schema: Mapping[str, Any]):
+        self.schema = schema
+        self.columns: dict[str, list[Any]] = {name: [] for name in schema}
+
+    def add(self, **row: Any) -> None:
+        assert row.keys() == self.columns.keys(), row.keys() ^ self.columns.keys()
+        for name, value in row.items():
+            self.columns[name].append(value)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {n: np.array(v, dtype=self.schema[n] if self.schema[n] is not str else object) for n, v in self.columns.items()}
+
+
+class Result:
+    """One run. `steps`, `requests`, `lanes`, `links` are DataFrames; `summary` is a flat dict; `manifest` says how it was made."""
+
+    def __init__(self, tables: Mapping[str, Mapping[str, np.ndarray]], manifest: dict[str, Any], timing: dict[str, Any] | None = None):
+        self.tables, self.manifest, self.timing = tables, manifest, dict(timing or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in TABLES:
+            return self.frame(name)
+        summary = self.__dict__.get("manifest", {}).get("summary", {})
+        if name in summary:
+            return summary[name]
+        raise AttributeError(name)
+
+    def frame(self, table: str) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(dict(self.tables[table]))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.manifest["summary"]
+
+    @property
+    def id(self) -> str:
+        return self.manifest["id"]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder whole or not at all. Raises ResultError when it cannot be written, or exists with another run."""
+        folder = Path(folder)
+        with beside(folder) as partial:
+            write_json(partial / "manifest.json", self.manifest)
+            write_json(partial / "timing.json", self.timing)
+            for name, columns in self.tables.items():
+                write_table(partial / f"{name}.parquet", columns)
+        return folder
+
+
+def open_result(folder: str | Path) -> Result:
+    """Read a result folder. Raises ResultError for one that is not a whole result."""
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        tables = {
+            name: {c: column.to_numpy() for c, column in zip(t.column_names, t.columns, strict=True)}
+            for name in TABLES
+            for t in [pq.read_table(folder / f"{name}.parquet")]
+        }
+    except (OSError, ValueError) as error:
+        raise ResultError(f"not a result folder: {error}", where=str(folder), hint="give a folder that `kvsim run -o` wrote") from None
+    if manifest.get("schema") != SCHEMA:
+        raise ResultError(f"result schema {manifest.get('schema')}, this kvsim reads {SCHEMA}", where=str(folder))
+    return Result(tables, manifest)
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """A name made of everything that decides the result."""
+    text = json.dumps({"schema": SCHEMA, **identity}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """The numbers a person asks for first, from the tables of one run; decode steps only, all steps weighted alike."""
+    s, r = tables["steps"], tables["requests"]
+    d = s["step"] > 0
+    weight, used = s["weight"][d].sum(), s["used_pages"][d].sum()
+    gaps = _token_gaps(s)
+    span = (s["end_s"] - s["start_s"])[d].sum()
+    out = {
+        "recall": _ratio(s["attended"][d].sum(), weight),
+        "mass_hit_rate": _ratio(s["hit"][d].sum(), weight),
+        "page_hit_rate": _ratio(s["found_pages"][d].sum(), used),
+        "recurrence_loss": 1 - _ratio(s["found_pages"][d].sum(), used),
+        "lost_pages": int(used - s["found_pages"][d].sum()),
+        "ceiling": _ratio(s["ceiling"][d].sum(), weight) if np.isfinite(s["ceiling"][d]).all() else float("nan"),
+        "tpot_p50_s": _quantile(gaps, 0.5),
+        "tpot_p90_s": _quantile(gaps, 0.9),
+        "tpot_p99_s": _quantile(gaps, 0.99),
+        "ttft_mean_s": float(r["ttft_s"].mean()),
+        "stall_share": _ratio(s["stall_s"][d].sum(), span),
+        "peak_bytes": float(r["peak_bytes"].max()),
+        "decode_steps": int(d.sum()),
+        "end_s": float(s["end_s"].max()),
+    }
+    for name in ("fetched_host", "fetched_ssd", "spilled_host", "spilled_ssd"):
+        out[f"{name}_bytes"] = float(s[f"{name}_bytes"].sum())
+    return out
+
+
+def _token_gaps(s: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Seconds between one token of a request and the next."""
+    order = np.lexsort((s["step"], s["request"]))
+    end, request = s["end_s"][order], s["request"][order]
+    return np.diff(end)[request[1:] == request[:-1]]
+
+
+def _ratio(a: float, b: float) -> float:
+    return float(a / b) if b else 1.0
+
+
+def _quantile(values: np.ndarray, q: float) -> float:
+    return float(np.quantile(values, q)) if len(values) else float("nan")
+
+
+@contextmanager
+def beside(final: Path) -> Iterator[Path]:
+    """A folder to write into that takes its final name only when the block succeeds; an earlier result is replaced.
+
+    Raises ResultError when it cannot be written, or when the name is taken by something that is not a result of ours.
+    """
+    partial = final.with_name(final.name + ".partial")
+    if final.exists() and not (final / "manifest.json").exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ResultError("the name is taken by something that is not a kvsim result", where=str(final), hint="choose another with -o")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    except OSError as error:
+        raise ResultError(f"cannot write: {error.strerror or error}", where=str(final), hint="choose another folder with -o") from None
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def file_beside(final: Path) -> Iterator[Path]:
+    """As `beside`, for one file. The suffix is kept, since writers choose the format by it."""
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, final)
+    except OSError as error:
+        raise ResultError(f"cannot write: {error.strerror or error}", where=str(final), hint="choose another place with -o") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def write_table(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({n: pa.array(c) for n, c in columns.items()}), path, compression="zstd")

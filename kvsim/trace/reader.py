@@ -1,0 +1,214 @@
+"""Opening a trace, and reading it row group by row group: `open_trace(path)` -> `Trace`.
+
+A source keeps only its path; an iteration holds the Parquet bytes of one row group and one dense float32
+step. What is wrong with a file is found when its rows are met and raised as a `TraceError`; `kvsim trace
+check` looks at everything at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kvsim.errors import TraceError
+from kvsim.trace.access import PromptRows, Source, TokenRow, Trace
+from kvsim.trace.files import AGAIN, geometry, group_steps, open_parquet, read_groups, read_manifest, read_table
+from kvsim.trace.group import Group
+from kvsim.trace.layout import KEYS, attention_name, planes, vectors_name
+
+
+def open_trace(path: str | os.PathLike) -> Trace:
+    """The trace in the directory `path`; its rows are read when asked for.
+
+    Raises TraceError when there is no trace, its format is foreign or too new, or a file is missing or
+    was cut.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    requests = read_table(path / "requests.parquet", ("request", "prompt_len", "n_steps", "tokens"))
+    sources = [FileSource(path, manifest, row) for row in requests.to_pylist()]
+    for source in sources:
+        counts = (source.id, source.prompt_tokens, source.output_tokens)
+        if None in counts or source.prompt_tokens < 1 or source.output_tokens < 0:
+            raise TraceError(
+                f"request {source.id}: {source.prompt_tokens} prompt tokens and {source.output_tokens} steps",
+                where=str(path / "requests.parquet"),
+                hint=AGAIN,
+            )
+    return Trace(sources, geometry(manifest), manifest["fingerprint"], path.stem, manifest=manifest, path=str(path))
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """q, k (after rotation) and v of some tokens of one layer: float16 [heads, tokens, head_dim]."""
+
+    step: int  # 0 for the prompt
+    layer: int
+    positions: np.ndarray  # int32 [tokens]: position ids
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+
+class FileSource(Source):
+    """One request of a trace directory."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], row: Mapping[str, Any]):
+        self.path, self.manifest = path, manifest
+        self.id, self.prompt_tokens, self.output_tokens = row["request"], row["prompt_len"], row["n_steps"]
+        self._row = row
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """Columns of requests.parquet and steps.parquet under their names; times in seconds.
+
+        "tokens": int32, prompt and output; "need": one int32 array per decode step; "step_us" becomes
+        "step_seconds" (of the run without capture), "captured_step_us" "captured_step_seconds".
+        """
+        own = ("request", "prompt_len", "n_steps")
+        facts = {key: value for key, value in self._row.items() if key not in own and value is not None}
+        facts["tokens"] = np.array(facts["tokens"], np.int32)
+        if "steps.parquet" in self.manifest["files"]:
+            table = read_table(self.path / "steps.parquet", ("request", "step"), self.id)
+            for name in table.column_names if table.num_rows else ():
+                if name not in ("request", "step"):
+                    facts |= _step_fact(name, table.column(name))
+        return facts
+
+    def prompt(self) -> PromptRows:
+        colsum, colsq, colmax = self._statistics()
+        m, kept = self.manifest, -min((first for first, _ in self._spans()), default=0)
+        if not 0 < kept <= self.prompt_tokens:
+            raise self._broken(f"prompt rows of {max(kept, 0)} tokens in a prompt of {self.prompt_tokens}")
+        rows = np.zeros((kept, m["layers"], m["kv_heads"], self.prompt_tokens), np.float32)
+        kv_lo = np.full(rows.shape[:2], -1, np.int32)
+        for group in self._groups(lambda first, last: first < 0):
+            for at in range(0, group.rows, group.layers):
+                step = group.step[at]
+                if step < 0:
+                    group.decode(at, at + group.layers, rows[step])
+                    kv_lo[step] = group.kv_lo[at : at + group.layers]
+            del group
+        if (kv_lo < 0).any():
+            raise self._broken("a prompt row is missing")
+        return PromptRows(colsum, colsq, colmax, rows, kv_lo)
+
+    def token_rows(self) -> Iterator[TokenRow]:
+        return self._rows()
+
+    def max_rows(self) -> Iterator[TokenRow]:
+        """As `token_rows`, with the largest query head of the group; the residual is spread all the same."""
+        if not self.manifest["encoding"].get("max"):
+            raise TraceError("the trace holds no group maxima", where=str(self.path), hint="capture it with --with-max")
+        return self._rows(peaks=True)
+
+    def entries(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """The stored weights alone, per step: step, layer, head, position, weight."""
+        for t in self._rows(spread=False):
+            layer, head, position = np.nonzero(t.row[..., : t.kv_hi])
+            yield t.step, layer, head, position, t.row[layer, head, position]
+
+    def vectors(self) -> Iterator[Vectors]:
+        """q, k and v as captured: layer by layer for the prompt, then step by step."""
+        name = vectors_name(self.id)
+        if name not in self.manifest["files"]:
+            raise TraceError("the trace holds no q, k and v", where=str(self.path), hint="capture it with --vectors")
+        with open_parquet(self.path / name, ("step", "layer", "tokens", "head_dim", "position", "q", "k", "v")) as file:
+            for i in range(file.num_row_groups):
+                for line in read_groups(file, self.path / name, [i]).to_pylist():
+                    yield _vector(line)
+
+    def _broken(self, what: str) -> TraceError:
+        return TraceError(f"request {self.id}: {what}", where=str(self._file), hint=AGAIN)
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    @property
+    def _file(self) -> Path:
+        return self.path / attention_name(self.id)
+
+    def _columns(self) -> tuple[str, ...]:
+        encoding = self.manifest["encoding"]
+        kept = () if encoding["keep"] == "all" else ("n", "mass")
+        return (*KEYS, "sink", *kept, *planes(encoding["keep"] == "all", bool(encoding.get("max"))))
+
+    def _spans(self) -> list[tuple[int, int]]:
+        with open_parquet(self._file, self._columns()) as file:
+            return group_steps(file, self._file)
+
+    def _groups(self, wanted: Callable[[int, int], bool]) -> Iterator[Group]:
+        """The row groups whose first and last step are wanted; one is held at a time."""
+        columns = self._columns()
+        with open_parquet(self._file, columns) as file:
+            for i, span in enumerate(group_steps(file, self._file)):
+                if wanted(*span):
+                    group = Group(read_groups(file, self._file, [i], columns), self.manifest, self._file)
+                    group.expect(self.id, self.prompt_tokens)
+                    yield group
+                    del group
+
+    def _rows(self, peaks: bool = False, spread: bool = True) -> Iterator[TokenRow]:
+        m = self.manifest
+        row = np.zeros((m["layers"], m["kv_heads"], self.prompt_tokens + self.output_tokens), np.float32)
+        due = 1
+        for group in self._groups(lambda first, last: last > 0):
+            for at in range(0, group.rows, group.layers):
+                step = int(group.step[at])
+                if step < 0:
+                    continue
+                if step != due or step > self.output_tokens:
+                    group.fail(at, f"out of order, step {due} of {self.output_tokens} is due")
+                end = at + group.layers
+                group.decode(at, end, row, peaks, spread)
+                yield TokenRow(step, row, group.kv_lo[at:end], int(group.kv_hi[at]))
+                due += 1
+            del group
+        if due <= self.output_tokens:
+            raise self._broken(f"step {due} of {self.output_tokens} is missing")
+
+    def _statistics(self) -> list[np.ndarray | None]:
+        """colsum, colsq and colmax, float32 [layers, kv_heads, prompt] or None each."""
+        m, path = self.manifest, self.path / "prefill.parquet"
+        names = ("colsum", "colsq", "colmax")
+        table = read_table(path, ("request", "layer", "head", *names), self.id)
+        shape = (m["layers"], m["kv_heads"], self.prompt_tokens)
+        lanes = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
+        if list(zip(*(table.column(key).to_pylist() for key in ("layer", "head")), strict=True)) != lanes:
+            raise TraceError(f"request {self.id}: prompt statistics are not complete", where=str(path), hint=AGAIN)
+        return [self._statistic(table.column(name).to_pylist(), shape, path, name) for name in names]
+
+    def _statistic(self, blobs: list[bytes | None], shape: tuple[int, ...], path: Path, name: str) -> np.ndarray | None:
+        if all(blob is None for blob in blobs):
+            return None
+        if any(blob is None or len(blob) != 4 * self.prompt_tokens for blob in blobs):
+            raise TraceError(
+                f"request {self.id}: {name} is not {self.prompt_tokens} float32 long", where=str(path), hint=AGAIN
+            )
+        values = np.frombuffer(b"".join(blobs), "<f4").reshape(shape)
+        if not (values >= 0).all() or not np.isfinite(values).all():
+            raise TraceError(f"request {self.id}: {name} is negative or not a number", where=str(path), hint=AGAIN)
+        return values
+
+
+def _step_fact(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
+    if column.null_count == len(column):
+        return {}
+    if pa.types.is_list(column.type):
+        return {name: [np.array(item or (), np.int32) for item in column.to_pylist()]}
+    values = column.to_numpy()
+    if name.endswith("step_us"):
+        return {name.removesuffix("_us") + "_seconds": values.astype(np.float64) * 1e-6}
+    return {name: values}
+
+
+def _vector(line: Mapping[str, Any]) -> Vectors:
+    shape = (-1, line["tokens"], line["head_dim"])
+    q, k, v = (np.frombuffer(line[name], "<f2").reshape(shape) for name in "qkv")
+    return Vectors(line["step"], line["layer"], np.frombuffer(line["position"], "<i4"), q, k, v)
