@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,16 @@ from kvsim.machine.compute import (
     ModelShape,
     decode_attention_seconds,
     gemm_seconds,
+    layer_seconds,
     prefill_attention_seconds,
 )
 from kvsim.machine.hardware import FOLDER, Constant, Gpu, Hardware
 
 MIB = 2.0**20
+GEMMS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+SMALL = {"layernorm": 2, "rotary_emb": 1, "act_fn": 1}  # calls per layer
+LLAMA = ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256)
+QWEN = ModelShape("qwen3-32b, one of two GPUs", 64, 5120, 32, 4, 128, 12800, 75968)
 AICONFIGURATOR = "ai-dynamo/aiconfigurator, H100 SXM tables for vLLM 0.24 (snapshot 095f58a51, Apache-2.0)"
 LLMSERVINGSIM = "casys-kaist/LLMServingSim, profiler/perf, vLLM 0.19 (snapshot 5daddb2, MIT)"
 DISTSERVE = "LLMServe/DistServe, simdistserve profile of OPT-13B on one A100-80G (snapshot 82831f1, Apache-2.0)"
@@ -39,9 +45,6 @@ class Rows:
     form: Callable[[Gpu, pd.DataFrame], np.ndarray]
     fit: Callable[[pd.DataFrame, Gpu], dict[str, float]]
 
-    def predict(self, gpu: Gpu) -> np.ndarray:
-        return self.form(gpu, self.table)
-
 
 def relative_least_squares(terms: Sequence[np.ndarray], seconds: np.ndarray) -> np.ndarray:
     """Coefficients >= 0 of a sum of terms with the least squared relative error (negative ones are dropped)."""
@@ -50,7 +53,9 @@ def relative_least_squares(terms: Sequence[np.ndarray], seconds: np.ndarray) -> 
     kept = np.ones(columns.shape[1], bool)
     while True:
         found = np.zeros(columns.shape[1])
-        found[kept] = np.linalg.lstsq(columns[:, kept] / scale[kept], np.ones(len(seconds)), rcond=None)[0] / scale[kept]
+        found[kept] = (
+            np.linalg.lstsq(columns[:, kept] / scale[kept], np.ones(len(seconds)), rcond=None)[0] / scale[kept]
+        )
         if (found >= 0).all():
             return found
         kept &= found > 0
@@ -66,7 +71,8 @@ def gemm_form(gpu: Gpu, t: pd.DataFrame) -> np.ndarray:
 def gemm_fit(t: pd.DataFrame, gpu: Gpu) -> dict[str, float]:
     """Alternate: which rows are bound by what, then the constants of each group."""
     kernel, bandwidth, flops = gpu.kernel_time, gpu.weight_bandwidth, gpu.gemm_flops
-    weights, flop, seconds = (2.0 * t.parameters).to_numpy(), (2.0 * t.parameters * t.rows).to_numpy(), t.seconds.to_numpy()
+    seconds, weights = t.seconds.to_numpy(), 2.0 * t.parameters.to_numpy()
+    flop = weights * t.rows.to_numpy()
     for _ in range(20):
         reading = weights / bandwidth > flop / flops
         clear = np.abs(np.log(weights / bandwidth / (flop / flops))) > np.log(2)  # the knee belongs to neither
@@ -95,11 +101,11 @@ def decode_fit(t: pd.DataFrame, gpu: Gpu) -> dict[str, float]:
 
 
 def prefill_form(gpu: Gpu, t: pd.DataFrame) -> np.ndarray:
-    each = [
-        prefill_attention_seconds(gpu, ModelShape("", 1, 1, int(r.heads), 1, int(r.head_dim), 1, 0), r.queries, r.sequences, r.context)
-        for r in t.itertuples()
-    ]
-    return np.array(each, float)
+    def one(r) -> float:
+        shape = ModelShape("", 1, 1, int(r.heads), 1, int(r.head_dim), 1, 0)
+        return float(prefill_attention_seconds(gpu, shape, r.queries, r.sequences, r.context))
+
+    return np.array([one(r) for r in t.itertuples()])
 
 
 def prefill_fit(t: pd.DataFrame, gpu: Gpu) -> dict[str, float]:
@@ -122,15 +128,14 @@ def h100(data: Path) -> dict[str, Rows]:
     g = g.groupby(["m", "n", "k"], as_index=False).latency.median()
     weights = 2.0 * g.n * g.k
     small = (weights <= 0.5 * MIB) & (g.m <= 64) & (np.minimum(g.n, g.k) >= 128)
-    gemm = pd.DataFrame(
-        {"parameters": 1.0 * g.n * g.k, "rows": g.m, "small": small, "seconds": g.latency / 1e3, "shape": g.n * 100_000 + g.k}
-    )[small | ((weights > 80 * MIB) & (np.minimum(g.n, g.k) >= 2048))]
+    gemm = pd.DataFrame({"parameters": 1.0 * g.n * g.k, "rows": g.m, "small": small, "seconds": g.latency / 1e3})
+    gemm = gemm.assign(shape=g.n * 100_000 + g.k)[small | ((weights > 80 * MIB) & (np.minimum(g.n, g.k) >= 2048))]
     same = "kv_cache_dtype == 'bfloat16' and window_size == 0 and head_dim == 128 and num_key_value_heads >= 4"
     d = pd.read_parquet(folder / "generation_attention.parquet").query(same + " and num_heads <= 64")
     kv = 4.0 * d.num_key_value_heads * d.head_dim * (d.isl + d.step) * d.batch_size
-    decode = pd.DataFrame(
-        {"sequences": d.batch_size, "bytes": kv, "seconds": d.latency / 1e3, "shape": d.num_heads * 100 + d.num_key_value_heads}
-    )[((kv > 80 * MIB) | (kv < 2 * MIB)) & (d.batch_size <= 256)]
+    decode = pd.DataFrame({"sequences": d.batch_size, "bytes": kv, "seconds": d.latency / 1e3})
+    decode = decode.assign(shape=d.num_heads * 100 + d.num_key_value_heads)
+    decode = decode[((kv > 80 * MIB) | (kv < 2 * MIB)) & (d.batch_size <= 256)]
     p = pd.read_parquet(folder / "context_attention.parquet").query(same + " and num_heads <= 64 and isl >= 512")
     prefill = pd.DataFrame(
         {"queries": p.isl, "sequences": p.batch_size, "context": p.isl, "heads": p.num_heads, "head_dim": p.head_dim}
@@ -143,13 +148,15 @@ def rtx(data: Path, models: dict[str, ModelShape]) -> dict[str, Rows]:
     gemm, decode, prefill = [], [], []
     for stem, m in models.items():
         dense = pd.read_csv(data / f"{stem}_dense.csv").rename(columns={"tokens": "rows"})
-        head = pd.read_csv(data / f"{stem}_per_sequence.csv").rename(columns={"sequences": "rows"}).query("layer == 'lm_head'")
-        size = dict(zip(("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), m.gemms, strict=True)) | {"lm_head": m.hidden * m.vocab}
-        small = dense.layer.isin(["layernorm", "rotary_emb", "act_fn"]) & (dense.rows <= 64)
+        head = pd.read_csv(data / f"{stem}_per_sequence.csv").rename(columns={"sequences": "rows"})
+        head = head[head.layer == "lm_head"]
+        size = dict(zip(GEMMS, m.gemms, strict=True)) | {"lm_head": m.hidden * m.vocab}
+        small = dense.layer.isin(SMALL) & (dense.rows <= 64)
         t = pd.concat([dense[dense.layer.isin(size) | small], head])
         t = t.assign(parameters=t.layer.map(size).fillna(1.0), small=~t.layer.isin(size), seconds=t.time_us / 1e6)
         gemm.append(t.assign(shape=stem + t.layer))
-        a = pd.read_csv(data / f"{stem}_attention.csv").assign(seconds=lambda t: t.time_us / 1e6, heads=m.heads, head_dim=m.head_dim)
+        a = pd.read_csv(data / f"{stem}_attention.csv")
+        a = a.assign(seconds=a.time_us / 1e6, heads=m.heads, head_dim=m.head_dim)
         d = a[(a.prefill_chunk == 0) & (a.kv_prefill == 0)]
         d = d.assign(sequences=d.n_decode, bytes=m.kv_token_bytes * d.n_decode * d.kv_decode)
         decode.append(d.assign(shape=stem if len(models) > 1 else d.kv_decode))
@@ -181,8 +188,9 @@ def a100(data: Path) -> dict[str, float]:
 
 
 def errors(predicted: np.ndarray, measured: np.ndarray) -> str:
-    off = np.abs(predicted / measured - 1) * 100
-    return f"MAPE {off.mean():5.1f} %   p90 {np.percentile(off, 90):5.1f} %   signed {np.mean(predicted / measured - 1) * 100:+5.1f} %"
+    off = 100 * (predicted / measured - 1)
+    size = np.abs(off)
+    return f"MAPE {size.mean():4.1f} %  p90 {np.percentile(size, 90):4.1f} %  signed {off.mean():+4.1f} %"
 
 
 def held_out(rows: Rows, gpu: Gpu, folds: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -205,13 +213,27 @@ def fit(name: str, tables: dict[str, Rows]) -> dict[str, float]:
     print(f"\n{name}")
     for operator, rows in tables.items():
         rows.table["shape_key"] = rows.table["shape"]
-        rows.table["always"] = rows.table["small"] if "small" in rows.table else False
+        rows.table["always"] = rows.table.get("small", False)
         predicted, measured = held_out(rows, gpu)
         found |= rows.fit(rows.table, gpu)
         gpu = replace(gpu, **found)
-        shapes = rows.table["shape"].nunique()
+        shapes = rows.table["shape"][~rows.table.always].nunique()
         print(f"  {operator:8s} {len(measured):6d} rows, {shapes:3d} groups: left out {errors(predicted, measured)}")
     return found
+
+
+def whole_layers(name: str, data: Path, stem: str, shape: ModelShape, found: dict[str, float]) -> None:
+    """Print how the sum of a decode layer's measured operators compares with the machine's layer."""
+    gpu = replace(Hardware.load(name).gpu, **found)
+    dense = pd.read_csv(data / f"{stem}_dense.csv").pivot(index="tokens", columns="layer", values="time_us")
+    calls = dict.fromkeys(GEMMS, 1) | SMALL
+    a = pd.read_csv(data / f"{stem}_attention.csv").query("prefill_chunk == 0 and kv_prefill == 0")
+    measured, predicted = [], []
+    for r in a.itertuples():
+        measured.append(sum(n * dense.loc[r.n_decode, layer] for layer, n in calls.items()) + r.time_us)
+        kv = np.array([shape.kv_token_bytes * r.n_decode * r.kv_decode])
+        predicted.append(1e6 * layer_seconds(gpu, shape, r.n_decode, r.n_decode, False, kv)[0])
+    print(f"  whole decode layers of {shape.name}: {errors(np.array(predicted), np.array(measured))}")
 
 
 UNITS = {
@@ -233,26 +255,27 @@ def text(key: str, value: float) -> str | int:
     return f"{float(f'{value * factor:.3g}'):g}{unit}"
 
 
+RTX = {
+    "rtx4090-pcie4": {"rtx4090_llama31-8b_tp1": LLAMA},
+    "rtxpro6000-pcie5": {"rtxpro6000_llama31-8b_tp1": LLAMA, "rtxpro6000_qwen3-32b_tp2": QWEN},
+}
+
+
+def fit_rtx(name: str, data: Path, models: dict[str, ModelShape]) -> dict[str, float]:
+    found = fit(name, rtx(data, models))
+    for stem, shape in models.items():
+        whole_layers(name, data, stem, shape, found)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the public tables (see README.md)")
     parser.add_argument("--write", action="store_true", help="rewrite the fitted entries of kvsim/hardware/*.toml")
     args = parser.parse_args()
-    llama = ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256)
-    qwen = ModelShape("qwen3-32b, half", 64, 5120, 32, 4, 128, 12800, 75968)
-    jobs = {
+    jobs: dict[str, tuple[Callable[[], dict[str, float]], str]] = {
         "h100-pcie5": (lambda: fit("h100-pcie5", h100(args.data)), AICONFIGURATOR),
-        "rtx4090-pcie4": (
-            lambda: fit("rtx4090-pcie4", rtx(args.data, {"rtx4090_llama31-8b_tp1": llama})),
-            LLMSERVINGSIM,
-        ),
-        "rtxpro6000-pcie5": (
-            lambda: fit(
-                "rtxpro6000-pcie5",
-                rtx(args.data, {"rtxpro6000_llama31-8b_tp1": llama, "rtxpro6000_qwen3-32b_tp2": qwen}),
-            ),
-            LLMSERVINGSIM,
-        ),
+        **{name: (partial(fit_rtx, name, args.data, models), LLMSERVINGSIM) for name, models in RTX.items()},
         "a100-pcie4": (lambda: a100(args.data), DISTSERVE),
     }
     for name, (job, source) in jobs.items():

@@ -7,6 +7,8 @@ is one pass over memory; everything a policy computes stays NumPy (design decisi
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numba import njit
 
@@ -286,3 +288,8 @@ def count_runs(mask, key, keys):
         for k in range(1, keys + 1):
             out[t] += chosen[k] and not chosen[k - 1]
     return out
+
+
+def compiled() -> bool:
+    """Are the kernels in numba's cache on disk, so that a first call need not compile?"""
+    return any(Path(touch.stats.cache_path).glob("kernels.touch-*.nbi"))

@@ -1,7 +1,7 @@
 """The clock: what an iteration costs on a GPU with a host link and an SSD.
 
 `hardware` and `compute` are arithmetic and load no SimPy, so measuring code may use them where only NumPy
-is installed; `Machine` and `Work` are loaded on first use.
+is installed; `Machine` is loaded on first use.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvsim.machine.compute import SHAPES, ModelShape, shape_from_config, shape_from_geometry
 from kvsim.machine.hardware import Constant, Hardware
+from kvsim.machine.work import Record, Work
 
 if TYPE_CHECKING:
-    from kvsim.machine.pipeline import Machine, Record, Work
+    from kvsim.machine.pipeline import Machine
 
 __all__ = [
     "SHAPES",
@@ -28,8 +29,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Machine", "Record", "Work"):
-        from kvsim.machine import pipeline
+    if name == "Machine":
+        from kvsim.machine.pipeline import Machine
 
-        return getattr(pipeline, name)
+        return Machine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

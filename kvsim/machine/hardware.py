@@ -34,7 +34,7 @@ class Gpu:
     kv_bandwidth: float = _of("bandwidth")  # keys and values streamed by decode attention
     gemm_flops: float = _of("flops")
     attention_flops: float = _of("flops")  # prefill attention of long prompts
-    attention_row_keys: float = _of("count")  # what a prefill row costs beside its keys, in keys: short prompts are slower
+    attention_row_keys: float = _of("count")  # cost of a prefill row beside its keys, in keys
     kernel_time: float = _of("seconds")  # fixed part of every GEMM and small kernel
     small_kernels: float = _of("count")  # norms, rotation, activation: kernels per layer beside GEMMs and attention
     attention_fixed: float = _of("seconds")

@@ -1,0 +1,388 @@
+"""The command line: each command is a few lines over the public API; everything heavy loads on first use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvsim.errors import ConfigError, KvsimError
+
+if TYPE_CHECKING:
+    from kvsim.results import Result
+    from kvsim.trace.access import Trace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Replay real attention through a simulated memory hierarchy, against published cache policies.\n\n"
+    "Example: kvsim run demo --policy h2o --budget 20%",
+)
+trace_app = typer.Typer(no_args_is_help=True, help="Look at, export and check traces.", rich_markup_mode=None)
+app.add_typer(trace_app, name="trace")
+
+TraceArg = Annotated[str, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo" for the one that comes with kvsim.')]
+Out = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
+
+
+def main() -> None:
+    """Entry point: errors of input end in three lines and exit code 2, an interrupt in 130."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except KvsimError as error:
+        if debug:
+            raise
+        code = 2
+        _fail(error)
+    except KeyboardInterrupt:
+        code = 130
+        typer.echo("interrupted; nothing is left half-written", err=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:  # usage errors are click's, which typer may carry with it
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            code = 2
+        elif type(error).__name__ == "Abort":
+            code = 130
+        else:
+            raise
+    sys.exit(code or 0)
+
+
+def _fail(error: KvsimError) -> None:
+    typer.echo(f"error: {error.what}", err=True)
+    for line in (error.where and f"in {error.where}", error.hint):
+        if line:
+            typer.echo(f"  {line}", err=True)
+
+
+@app.command()
+def run(
+    trace: Annotated[str | None, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo".')] = None,
+    policy: Annotated[str | None, typer.Option(help="A policy, a file.py, or either with parameters: 'h2o(recent=64)'.")] = None,
+    budget: Annotated[str | None, typer.Option(help="20% of the final length, 512 pages per lane, or 4GiB over all lanes.")] = None,
+    regime: Annotated[str | None, typer.Option(help="lossy: evicted pages are gone. offload: they move one tier down.")] = None,
+    offload: Annotated[str | None, typer.Option(help="Where victims go: drop, spill, or your own.")] = None,
+    demand: Annotated[str | None, typer.Option(help="Offload: dense, theta, theta(0.01), topk(64) or select.")] = None,
+    use: Annotated[str | None, typer.Option(help="A page is used from this share of an equal weight, or weight(1e-4).")] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens per page; 1 in lossy, 16 in offload.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="One decision per head, layer or token.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="A shipped machine or a TOML file; see `kvsim list hardware`.")] = None,
+    model: Annotated[str | None, typer.Option(help="Time it as this model: a name or a Hugging Face config.json.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory for pages, such as 64GiB.")] = None,
+    ssd: Annotated[str | None, typer.Option(help="SSD space for pages, such as 1TB.")] = None,
+    overlap: Annotated[str | None, typer.Option(help="Copies beside compute: layer, step or none.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests replayed together on one GPU.")] = None,
+    request: Annotated[list[int] | None, typer.Option(help="Only these requests (repeatable).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random policies.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with the same keys; flags win.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, also hardware.link.h2d.bandwidth=50GB/s.")] = None,
+    references: Annotated[bool, typer.Option(help="Also replay LRU, random and the oracles, and give a verdict.")] = True,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
+    output: Out = None,
+) -> None:
+    """Replay a trace against one policy on one machine.
+
+    Example: kvsim run demo --policy h2o --budget 20% --hardware a100-pcie4
+    """
+    from kvsim.config import parse_settings, read_toml, run_config
+
+    flags = {
+        "policy": policy, "budget": budget, "regime": regime, "offload": offload, "demand": demand, "use": use, "page_size": page_size,
+        "granularity": granularity, "hardware": hardware, "model": model, "host": host, "ssd": ssd, "overlap": overlap,
+        "concurrency": concurrency, "requests": request, "seed": seed,
+    }  # fmt: skip
+    values: dict[str, Any] = read_toml(config) if config else {}
+    name = trace or values.pop("trace", None)
+    values.pop("trace", None), values.pop("name", None)
+    if name is None:
+        raise ConfigError("no trace was given", hint='give a .kvtrace folder, or "demo"')
+    values |= parse_settings(settings or [])
+    values |= {k: v for k, v in flags.items() if v is not None}
+    chosen = run_config(values, where=str(config) if config else None)
+    if dry_run:
+        import tomli_w
+
+        keys = {k: v for k, v in chosen.resolved().model_dump().items() if v is not None}
+        typer.echo(tomli_w.dumps({"trace": name, **keys}))
+        return
+    from kvsim.report import compare
+    from kvsim.simulate import run as simulate
+
+    opened = _open(name)
+    with _Wait(f"replaying {opened.name}") as wait:
+        result = simulate(opened, chosen, progress=wait.update)
+        comparison = compare(opened, chosen, result) if references else None
+    result.timing = {"wall_s": wait.seconds}
+    folder = result.save(output or Path("runs") / result.id)
+    _print_run(result, comparison, wait.seconds)
+    typer.echo(f"written to {folder}: manifest.json, steps.parquet, requests.parquet, lanes.parquet, links.parquet")
+
+
+def _open(name: str) -> Trace:
+    from kvsim.trace import open_trace
+
+    return open_trace(Path(__file__).parent / "data" / "demo.kvtrace" if name == "demo" else name)
+
+
+def _print_run(result: Result, comparison: Any, seconds: float) -> None:
+    from rich.table import Table
+
+    from kvsim.report import VERDICTS, summary_rows
+    from kvsim.units import format_bytes
+
+    m, c = result.manifest, result.manifest["config"]
+    console = _console()
+    title = f"{m['trace']['name']} ({m['trace']['requests']} requests) | {c['policy']} at {c['budget']} ({m['budget_basis']}"
+    title += f", {format_bytes(m['budget_bytes'])} per request) | {c['regime']}, {m['model']['name']} on {m['hardware']['name']}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for head, kind in (("", "left"), ("value", "right"), ("meaning", "left")):
+        table.add_column(head, justify=kind)  # type: ignore[arg-type]
+    for row in summary_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    if comparison:
+        table = Table(title=f"\n{comparison.metric} at the same budget", title_justify="left", box=None, pad_edge=False)
+        for head, kind in (("", "left"), (comparison.metric, "right"), ("lost", "right"), ("regret", "right"), ("", "left")):
+            table.add_column(head, justify=kind)  # type: ignore[arg-type]
+        for line in comparison.lines:
+            regret = f"{comparison.bound - line.value:+.4f}" if line.kind != "full" else ""
+            style = "bold" if line.kind == "policy" else None
+            table.add_row(line.name, f"{line.value:.4f}", f"{1 - line.value:.4f}", regret, line.kind, style=style)
+        console.print(table)
+        console.print(f"verdict: {VERDICTS[comparison.verdict]}", highlight=False)
+    for note in m["notes"]:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(m["evidence"], style="dim", highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.1f} s of wall time, {m['events']} simulated events", style="dim", highlight=False)
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="policies, offload or hardware")]) -> None:
+    """Show what comes with kvsim.
+
+    Example: kvsim list policies
+    """
+    from rich.table import Table
+
+    rows = {"policies": _policies, "offload": _offloads, "hardware": _hardware}
+    if what not in rows:
+        from kvsim.errors import nearest
+
+        raise ConfigError(f'cannot list "{what}"', hint=nearest(what, rows, "`kvsim list --help`"))
+    head, lines = rows[what]()
+    table = Table(*head, box=None, pad_edge=False)
+    for line in lines:
+        table.add_row(*line)
+    _console().print(table)
+
+
+def _policies() -> tuple[list[str], list[list[str]]]:
+    from dataclasses import fields
+
+    from kvsim import registry
+
+    lines = []
+    for name in registry.names():
+        cls: Any = registry.find(name)
+        defaults = ", ".join(f"{f.name}={f.default}" for f in fields(cls) if not f.name.startswith("protect"))
+        kind = "oracle" if hasattr(cls, "foresee") else "read set" if hasattr(cls, "select") else "online"
+        lines.append([name, getattr(cls, "family", ""), kind, cls.granularity, ", ".join(sorted(cls.needs)), cls.evidence, defaults])
+    return ["policy", "family", "kind", "decides per", "needs", "evidence", "parameters"], lines
+
+
+def _offloads() -> tuple[list[str], list[list[str]]]:
+    from kvsim import registry
+
+    return ["offload", "what"], [[n, (registry.find(n, "offload").__doc__ or "").split("\n")[0]] for n in registry.names("offload")]
+
+
+def _hardware() -> tuple[list[str], list[list[str]]]:
+    from kvsim.machine.hardware import Hardware, shipped
+    from kvsim.units import format_bandwidth, format_bytes
+
+    lines = []
+    for name in shipped():
+        h = Hardware.load(name)
+        kinds = [c.evidence for c in h.constants.values()]
+        shares = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
+        lines.append(
+            [name, format_bytes(h.gpu.memory), format_bandwidth(h.gpu.kv_bandwidth), format_bandwidth(h.h2d.bandwidth), shares]
+        )
+    return ["hardware", "GPU memory", "KV bandwidth", "host to GPU", "constants"], lines
+
+
+@app.command()
+def check(spec: Annotated[str, typer.Argument(help="A policy or a file.py, optionally with parameters.")]) -> None:
+    """Say in words which clause of the policy contract is broken, if any.
+
+    Example: kvsim check my_policy.py
+    """
+    from kvsim.testing import check_policy
+
+    problems = check_policy(spec)
+    for problem in problems:
+        typer.echo(f"broken: {problem}")
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{spec} keeps the contract")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A run's TOML with a [sweep] table of axes.")],
+    jobs: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, also sweep.policy=[...].")] = None,
+    dry_run: Annotated[bool, typer.Option(help="List the points and stop.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw the figures that [plot] asks for.")] = True,
+    output: Out = None,
+) -> None:
+    """Run every point of a TOML's axes; points that are there already are not run again.
+
+    Example: kvsim sweep experiments/demo.toml --jobs 2 -o runs/demo
+    """
+    from kvsim.sweeps import read_sweep, run_sweep
+
+    plan = read_sweep(file, settings or [])
+    if dry_run:
+        for config in plan.points:
+            typer.echo(" ".join(f"{axis}={config.get(axis)}" for axis in plan.axes))
+        typer.echo(f"{len(plan.points)} points")
+        return
+    folder = output or Path("runs") / plan.name
+    with _Wait(f"sweeping {plan.name}") as wait:
+        grid = run_sweep(plan, folder, jobs=jobs, progress=wait.update)
+    _print_grid(grid)
+    files = [folder / "grid.parquet"]
+    if plots:
+        from kvsim.figures import draw_plan
+
+        files += draw_plan(grid, plan, folder)
+    for path in files:
+        typer.echo(f"written {path}")
+    typer.echo(f"{len(grid)} points in {folder}, {wait.seconds:.1f} s of wall time")
+
+
+def _print_grid(grid: Any) -> None:
+    from rich.table import Table
+
+    table = Table(*grid.table_head(), box=None, pad_edge=False)
+    for line in grid.table_lines():
+        table.add_row(*line)
+    console = _console()
+    console.print(table)
+    for line in grid.verdicts():
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plot(
+    folders: Annotated[list[Path], typer.Argument(help="Results of `kvsim run` or `kvsim sweep`.")],
+    kind: Annotated[str, typer.Option(help="line, timeline or lanes.")] = "line",
+    x: Annotated[str, typer.Option(help="Column on the x axis.")] = "budget",
+    y: Annotated[str, typer.Option(help="Column on the y axis.")] = "recall",
+    hue: Annotated[str, typer.Option(help="Column that tells the lines apart.")] = "policy",
+    output: Out = None,
+) -> None:
+    """Draw curves over a sweep, or the timeline or the lanes of one run, as PNG or SVG.
+
+    Example: kvsim plot runs/demo --y tpot_p99_s -o latency.svg
+    """
+    from kvsim.figures import draw
+
+    path = draw(folders, kind=kind, x=x, y=y, hue=hue, output=output)
+    typer.echo(f"written {path}")
+
+
+@trace_app.command("info")
+def trace_info(trace: TraceArg) -> None:
+    """What a trace was captured from, its sizes and its density.
+
+    Example: kvsim trace info demo
+    """
+    from rich.table import Table
+
+    from kvsim.trace import info
+
+    table = Table("", "", box=None, pad_edge=False, show_header=False)
+    for key, value in info(_open(trace)).items():
+        table.add_row(key, str(value))
+    _console().print(table)
+
+
+@trace_app.command("check")
+def trace_check(trace: TraceArg) -> None:
+    """Read every row and say what is wrong with the file, if anything.
+
+    Example: kvsim trace check traces/reasoner.kvtrace
+    """
+    from kvsim.trace import check as check_trace
+
+    path = _open(trace).path if trace == "demo" else trace
+    problems = check_trace(path)
+    for problem in problems:
+        typer.echo(f"broken: {problem}")
+    if problems:
+        raise typer.Exit(2)
+    typer.echo(f"{trace} is whole")
+
+
+@trace_app.command("export")
+def trace_export(trace: TraceArg, output: Annotated[Path, typer.Option("-o", "--output", help="A .parquet file.")]) -> None:
+    """The long form, one line per kept weight, for pandas, DuckDB or Polars.
+
+    Example: kvsim trace export demo -o weights.parquet
+    """
+    from kvsim.trace import export
+
+    export(_open(trace), output)
+    typer.echo(f"written {output}")
+
+
+class _Wait:
+    """A progress bar on the error stream for work that takes a person's time; silent where nobody looks."""
+
+    def __init__(self, what: str):
+        self.what, self.seconds = what, 0.0
+
+    def __enter__(self) -> _Wait:
+        import time
+
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from kvsim.cache.kernels import compiled
+
+        if not compiled():
+            typer.echo("compiling the kernels: once per installation, up to 20 s", err=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self.task = self.bar.add_task(self.what, total=1)
+        self.bar.start()
+        self.start = time.perf_counter()
+        self.clock = time.perf_counter
+        return self
+
+    def update(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=max(total, 1))
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = self.clock() - self.start
+        self.bar.stop()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
