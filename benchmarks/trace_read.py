@@ -90,15 +90,13 @@ def main() -> None:
         }
     speed = bandwidth(a.rounds)
     floor = (3 * entries + 4 * weights) / speed
-    print(f"{a.layers} x {a.heads} lanes, {a.steps} steps at {a.prompt}+ tokens: {entries / 1e6:.2f} M entries, "
-          f"{entries / weights:.1%} of {weights / 1e6:.1f} M weights, {size / weights:.3f} B/weight, {len(groups)} row groups")  # fmt: skip
+    print(f"{a.layers} x {a.heads} lanes, {a.steps} steps at {a.prompt}+ tokens, {len(groups)} row groups")
+    print(f"{entries / 1e6:.2f} M entries, {entries / weights:.1%} of the weights, {size / weights:.3f} B/weight")
     print(f"write {weights / written / 1e6:.0f} M weights/s, {entries / written / 1e6:.1f} M entries/s")
     for name, seconds in times.items():
         print(f"{name:24} {entries / seconds / 1e6:7.1f} M entries/s  {weights / seconds / 1e6:7.0f} M weights/s")
     share = times["file bytes to weights"] / floor
-    print(
-        f"memory bandwidth {speed / 1e9:.1f} GB/s: floor {entries / floor / 1e6:.0f} M entries/s, reading takes {share:.1f} times it"
-    )
+    print(f"memory floor {entries / floor / 1e6:.0f} M entries/s at {speed / 1e9:.1f} GB/s, {share:.1f} times faster")
 
 
 if __name__ == "__main__":

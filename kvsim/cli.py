@@ -313,7 +313,7 @@ def trace_info(trace: TraceArg) -> None:
     """
     from rich.table import Table
 
-    from kvsim.trace import info
+    from kvsim.trace.check import info
 
     table = Table("", "", box=None, pad_edge=False, show_header=False)
     for key, value in info(_open(trace)).items():
@@ -327,7 +327,7 @@ def trace_check(trace: TraceArg) -> None:
 
     Example: kvsim trace check traces/reasoner.kvtrace
     """
-    from kvsim.trace import check as check_trace
+    from kvsim.trace.check import check as check_trace
 
     path = _open(trace).path if trace == "demo" else trace
     problems = check_trace(path)
@@ -344,7 +344,7 @@ def trace_export(trace: TraceArg, output: Annotated[Path, typer.Option("-o", "--
 
     Example: kvsim trace export demo -o weights.parquet
     """
-    from kvsim.trace import export
+    from kvsim.trace.export import export
 
     export(_open(trace), output)
     typer.echo(f"written {output}")

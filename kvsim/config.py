@@ -33,7 +33,7 @@ class RunConfig(BaseModel):
     regime: Literal["lossy", "offload"] | None = None
     offload: str | None = None
     demand: str = "dense"
-    use: str | float = 1.0
+    use: str = "1.0"
     page_size: int | None = Field(None, ge=1)
     granularity: Literal["head", "layer", "token"] | None = None
     hardware: str = "h100-pcie5"

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,7 +23,10 @@ from typing import Any
 from kvsim.errors import PolicyError, nearest
 
 BUILT_IN = ("classic", "attention", "oracle", "offload")
+_PLUGIN = "kvsim_plugin_"  # how modules made from a user's file are called
 _TABLE: dict[tuple[str, str], type] = {}
+# A user's files are asked for by path, so two of them may use the same name: two versions of one idea, side by side.
+_FILES: dict[str, dict[tuple[str, str], type]] = {}
 
 # What a policy gets when it does not say otherwise. Fields become parameters of its spec string.
 _COMMON = {
@@ -56,12 +60,11 @@ def policy(name: str) -> Callable[[type], type]:
     def register(cls: type) -> type:
         if not callable(getattr(cls, "score", None)) and not callable(getattr(cls, "select", None)):
             raise PolicyError(f'policy "{name}" has neither score(view) nor select(view)', where=_home(cls))
-        own = cls.__dict__.get("__annotations__", {})
+        own = dict(inspect.get_annotations(cls))
         for key, (kind, default) in _PROTECTION.items():
-            if key not in own:
-                own = own | {key: kind}
-                if key not in cls.__dict__:
-                    setattr(cls, key, default)
+            own.setdefault(key, kind)
+            if not hasattr(cls, key):
+                setattr(cls, key, default)
         cls.__annotations__ = own
         for key, default in _COMMON.items():
             if not hasattr(cls, key):
@@ -86,20 +89,26 @@ def offload(name: str) -> Callable[[type], type]:
 
 
 def _enter(kind: str, name: str, cls: type) -> type:
-    cls = dataclass(cls)
-    for f in fields(cls):
-        if f.default is f.default_factory:  # both MISSING
-            raise PolicyError(f'parameter "{f.name}" of {kind} "{name}" has no default', where=_home(cls))
-    held = _TABLE.get((kind, name))
+    for key in inspect.get_annotations(cls):
+        if not hasattr(cls, key):
+            raise PolicyError(f'parameter "{key}" of {kind} "{name}" has no default', where=_home(cls))
+    try:
+        cls = dataclass(cls)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f'the parameters of {kind} "{name}" do not work: {error}', where=_home(cls)) from error
+    own = _FILES.setdefault(cls.__module__, {}) if cls.__module__.startswith(_PLUGIN) else _TABLE
+    held = own.get((kind, name))
     if held is not None and _home(held) != _home(cls):
         raise PolicyError(f'two {kind} classes are called "{name}"', where=_home(cls), hint=f"the other is {_home(held)}")
     cls.spec_name = name
-    _TABLE[kind, name] = cls
+    own[kind, name] = cls
     return cls
 
 
 def _home(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
+    """Where a class is written: an edited file that is loaded again is the same home."""
+    origin = getattr(sys.modules.get(cls.__module__), "__file__", None) if cls.__module__.startswith(_PLUGIN) else None
+    return f"{origin or cls.__module__}:{cls.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -122,10 +131,13 @@ def parse_spec(text: str) -> Spec:
         return Spec(text)
     try:
         call = ast.parse("f" + text[len(head) :], mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
-        return Spec(head.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
-    except (SyntaxError, ValueError):
+        parameters = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        if None in (k.arg for k in call.keywords) or len(parameters) < len(call.keywords):  # **x, or one given twice
+            raise ValueError
+        return Spec(head.strip(), parameters)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise PolicyError(f'cannot read "{text}"', hint='write it like "h2o(recent=64)": keyword=literal, ...') from None
 
 
@@ -155,7 +167,7 @@ def find(name: str, kind: str = "policy") -> type:
     load_all()
     if (kind, name) in _TABLE:
         return _TABLE[kind, name]
-    if attribute:
+    if attribute or "." in path:
         return _from_module(_import(path), attribute, kind, name)
     listing = "`kvsim list policies`" if kind == "policy" else "`kvsim list offload`"
     raise PolicyError(f'unknown {kind} "{name}"', hint=nearest(name, names(kind), listing))
@@ -168,7 +180,10 @@ def names(kind: str = "policy") -> list[str]:
 
 
 def load_all() -> None:
-    """Import the built-in policies and the installed plug-ins; a second call does nothing."""
+    """Import the built-in policies and the installed plug-ins; a second call does nothing.
+
+    A plug-in that does not import is named in a warning and left out.
+    """
     for module in BUILT_IN:
         importlib.import_module(f"kvsim.policies.{module}")
     if "plugins" not in _LOADED:
@@ -176,7 +191,10 @@ def load_all() -> None:
         from importlib.metadata import entry_points
 
         for entry in entry_points(group="kvsim.plugins"):
-            _import(entry.value)
+            try:
+                _import(entry.module)
+            except PolicyError as error:
+                warnings.warn(f'plug-in "{entry.name}" is left out: {error}', stacklevel=2)
 
 
 _LOADED: set[str] = set()
@@ -186,7 +204,7 @@ def load_file(path: Path) -> ModuleType:
     """Import a user's file under a name made of its content, so that an edited file is a new module."""
     if not path.is_file():
         raise PolicyError(f'no file "{path}"', hint="give the path of a .py file that uses @policy")
-    name = "kvsim_plugin_" + hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
+    name = _PLUGIN + hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -207,12 +225,15 @@ def load_file(path: Path) -> ModuleType:
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise PolicyError(f'cannot import "{name}": {error}') from error
+    except PolicyError:
+        raise
+    except Exception as error:
+        raise PolicyError(f'cannot import "{name}": {type(error).__name__}: {error}') from error
 
 
 def _from_module(module: ModuleType, attribute: str, kind: str, name: str) -> type:
-    registered = [c for (k, _), c in _TABLE.items() if k == kind and c.__module__ == module.__name__]
+    table = _FILES.get(module.__name__, {}) if module.__name__.startswith(_PLUGIN) else _TABLE
+    registered = [c for (k, _), c in table.items() if k == kind and c.__module__ == module.__name__]
     if attribute:
         cls = getattr(module, attribute, None)
         if cls in registered:

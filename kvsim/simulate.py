@@ -20,7 +20,7 @@ from kvsim.cache import kernels
 from kvsim.cache.cache import Cache, Capacity, Outcome
 from kvsim.cache.demand import Use, parse_demand, parse_use
 from kvsim.config import RunConfig, run_config
-from kvsim.errors import ConfigError, PolicyError, TraceError
+from kvsim.errors import ConfigError, KvsimError, PolicyError, TraceError
 from kvsim.results import Recorder, Result
 from kvsim.trace.access import Access, Request, Trace
 from kvsim.units import parse_budget, parse_bytes
@@ -255,7 +255,10 @@ def run(trace: Trace, config: RunConfig | None = None, *, ceiling: bool = True, 
     machine = Machine(env, setting.hardware, shape, overlap=c.overlap)
     books = _Books(setting)
     env.process(_serve(env, machine, setting, books, ceiling, progress or (lambda done, total: None)))
-    env.run()
+    try:
+        env.run()
+    except KvsimError as copied:  # SimPy raises a copy; the original has all three lines
+        raise (copied.__cause__ if isinstance(copied.__cause__, KvsimError) else copied) from None
     tables = books.tables(_links(machine, env.now))
     return Result(tables, _manifest(setting, tables, machine))
 

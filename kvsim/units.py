@@ -6,6 +6,7 @@ becomes such a number and where a number becomes text for a person.
 
 from __future__ import annotations
 
+import math
 import re
 
 from kvsim.errors import ConfigError
@@ -18,10 +19,10 @@ _NUMBER = re.compile(r"\s*([-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(.*
 
 
 def _split(text: str | float, what: str, right: str) -> tuple[float, str]:
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
+    if isinstance(text, (int, float)) and not isinstance(text, bool) and math.isfinite(text):
         return float(text), ""
     found = _NUMBER.fullmatch(str(text))
-    if not found:
+    if not found or not math.isfinite(float(found[1].replace("_", ""))):
         raise ConfigError(f'cannot read {what} "{text}"', hint=f"write it like {right}")
     return float(found[1].replace("_", "")), found[2]
 
@@ -30,6 +31,8 @@ def _scaled(text: str | float, what: str, right: str, suffixes: dict[str, float]
     value, unit = _split(text, what, right)
     if unit not in suffixes:
         raise ConfigError(f'cannot read {what} "{text}": unknown unit "{unit}"', hint=f"write it like {right}")
+    if value < 0:
+        raise ConfigError(f'{what} of "{text}" is below zero', hint=f"write it like {right}")
     return value * suffixes[unit]
 
 
@@ -71,25 +74,25 @@ def parse_budget(text: str | float) -> tuple[float, str]:
 
 
 def format_bytes(value: float) -> str:
-    """ "1.50 GiB": binary units, three significant digits."""
+    """ "1.5 GiB": binary units, up to three significant digits."""
     return _format(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def format_bandwidth(value: float) -> str:
-    """ "25.0 GB/s": decimal units, as datasheets print links."""
+    """ "25 GB/s": decimal units, as datasheets print links."""
     return _format(value, 1000.0, ("B/s", "kB/s", "MB/s", "GB/s", "TB/s"))
 
 
 def format_seconds(value: float) -> str:
     """ "1.23 ms": the unit that leaves one to three digits before the point."""
     for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if abs(value) >= factor:
+        if abs(value) >= 0.9995 * factor:  # what would be rounded up to the next unit is in it
             return f"{value / factor:.3g} {unit}"
     return "0 s" if value == 0 else f"{value / 1e-9:.3g} ns"
 
 
 def _format(value: float, base: float, units: tuple[str, ...]) -> str:
     power = 0
-    while abs(value) >= base and power < len(units) - 1:
+    while abs(value) >= 999.5 and power < len(units) - 1:
         value, power = value / base, power + 1
     return f"{value:.0f} {units[power]}" if power == 0 else f"{value:.3g} {units[power]}"

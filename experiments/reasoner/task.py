@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NAMES = 96          # pool of names; one pack uses steps*problems + problems + constants of them
+NAMES = 160         # pool of names; one pack uses steps*problems + problems + constants of them
 LABELS = 16         # problem labels #0..#15, used in cyclic order from a random start
 QUESTIONS = 64      # question labels ?0..?63, the same
 CONSTANTS = 5       # given values per pack

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import task
 
-LEVELS = [(1, 4), (2, 4), (2, 7), (3, 8), (4, 8), (6, 8)]   # (problems, steps); the last one is shipped
+LEVELS = [(1, 4), (2, 5), (2, 8), (4, 8), (6, 8), (8, 10), (10, 12)]   # (problems, steps); the last one is shipped
 PASS = 0.6       # share of entirely right packs that opens the next level
 
 
@@ -158,8 +158,8 @@ def main(argv=None) -> dict:
     ap.add_argument("--head-dim", type=int, default=32)
     ap.add_argument("--mlp", type=int, default=3, help="width of the feed-forward layer, in model widths")
     ap.add_argument("--init", type=float, default=0.08, help="initial sigma; about width**-0.5, smaller learns late")
-    ap.add_argument("--theta", type=float, default=1e5, help="base of the rotary positions")
-    ap.add_argument("--compose", type=float, default=1.0, help="strength of the initial key matching; 0 for none")
+    ap.add_argument("--theta", type=float, default=1e6, help="base of the rotary positions")
+    ap.add_argument("--compose", type=float, default=1.5, help="strength of the initial key matching; 0 for none")
     ap.add_argument("--lr", type=float, default=2e-3)
     ap.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
     ap.add_argument("--report", type=float, default=30, help="seconds between measurements")

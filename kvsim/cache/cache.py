@@ -16,7 +16,7 @@ import numpy as np
 from kvsim.cache import kernels
 from kvsim.cache.demand import Use
 from kvsim.cache.table import GPU, HOST, SSD, Table
-from kvsim.cache.view import View, pages
+from kvsim.cache.view import View, locked, pages, share_of, window
 from kvsim.errors import ConfigError, KvsimError, PolicyError
 from kvsim.trace.access import Access, Prompt
 
@@ -94,7 +94,7 @@ class Cache:
         self._check()
         self.table = Table(self.lanes, 0, {})
         self.view = View(self.table, self.shape, page_size, seed)
-        self.view.budget[:] = self.budget.reshape(*self.shape, 1)
+        self.view.budget = locked(self.budget.reshape(*self.shape, 1))  # follows every change of ours
         self._hit = np.empty(self.rows, np.float32)
         self._found = np.empty(self.rows, np.int64)
         self._renormalise = self.lossy and policy.rows == "visible"
@@ -115,7 +115,7 @@ class Cache:
             self._demand(row, peak, seen, need, a.keys, out)
         self._touch(a, row, peak, seen, need)
         if self.lossy:
-            out.hit[:], out.attended[:], out.found[:] = self._hit, self._hit, self._found
+            out.hit[:], out.attended[:], out.found[:] = self._hit, self._hit, out.used if a.prefill else self._found
             out.read[:] = self._by_layer(seen >= 0)
         self._call("observe", self.view, optional=True)
         self._settle(a, out)
@@ -145,7 +145,8 @@ class Cache:
                 self._grow()
                 self.table.insert(key, a.step)
         if a.first.any():
-            self.table.release_below(self._per_lane(a.first))
+            gone = self.table.key < self._per_lane(a.first)[:, None]
+            self.table.release_where(gone & (self.table.key >= 0))
 
     def _grow(self) -> None:
         """Lines for a policy that does not stay within its budget (a read set, a prompt not yet cut, a larger split)."""
@@ -163,7 +164,7 @@ class Cache:
         chosen = self._call("select", self.view)
         if chosen is None:
             return self.table.key
-        mask = self._broadcast(chosen, "a read set", bool)
+        mask = self._broadcast(chosen, "a read set", np.bool_)
         return np.where(mask, self.table.key, np.int32(-1))
 
     def _demand(self, row, peak, seen, need, keys: int, out: Outcome) -> None:
@@ -207,31 +208,30 @@ class Cache:
         t.mass[:, :n] = prompt.colsum.reshape(self.lanes, n)
         t.weights[:, :n] = prompt.rows[-1].reshape(self.lanes, n)
         self._hit[:] = a.row.reshape(self.rows, -1)[:, :n].sum(1)
-        self._found[:] = 0
 
     def _pool(self, p: Prompt) -> Prompt:
-        """Prompt statistics in the lanes of the policy: the mean over the rows that share a decision."""
-        if self.shape == self.row_lanes:
-            return p
+        """Prompt statistics in the lanes of the policy, read-only: the mean over the rows that share a decision."""
+        axes = {"head": (), "layer": (-2,), "token": (-3, -2)}[self.policy.granularity]
 
-        def mean(x):
-            axes = (-3, -2) if self.shape == (1, 1) else (-2,)
-            return None if x is None else x.mean(axis=axes, keepdims=True)
+        def pooled(x):
+            return None if x is None else locked(x.mean(axis=axes, keepdims=True) if axes else x)
 
-        return replace(p, colsum=mean(p.colsum), colsq=mean(p.colsq), colmax=mean(p.colmax), rows=mean(p.rows))
+        return replace(p, colsum=pooled(p.colsum), colsq=pooled(p.colsq), colmax=pooled(p.colmax), rows=pooled(p.rows), peaks=locked(p.peaks))
 
     # -- bringing tiers down to their capacity ------------------------------------------------------------------
 
     def _settle(self, a: Access, out: Outcome) -> None:
         self.view.prompt = None
-        if not self.evicts or not self._due(a):
+        if not self.evicts:
             return
-        self._split()
-        over = self.table.resident() - self.budget
-        self._cut = True
+        due = self.policy.cut_prompt if a.prefill else a.step % self.policy.lag == 0
+        if due:
+            self._split()
+        over = self._over(due)
         if (over > 0).any():
-            batch = np.minimum(self.policy.batch, self.budget)
-            chosen, counts = self._choose(a, GPU, np.where(over > 0, np.maximum(over, batch), 0), self._score())
+            head, tail = self._protected()
+            batch = np.minimum(self.policy.batch, self.budget + 1 - head - tail)  # only the excess takes protected pages
+            chosen, counts = self._choose(a, GPU, np.where(over > 0, np.maximum(over, batch), 0), self._score(), head, tail)
             if self.lossy:
                 out.dropped = int(counts.sum())
                 self.table.release(chosen, counts)
@@ -239,15 +239,19 @@ class Cache:
             else:
                 self._place(self._mask(chosen, counts), out)
         if not self.lossy:
-            self._settle_host(a, out)
+            self._settle_below(a, out)
 
-    def _due(self, a: Access) -> bool:
-        return self.policy.cut_prompt if a.prefill else a.step % self.policy.lag == 0
+    def _over(self, due: bool) -> np.ndarray:
+        """Pages above the budget in the lanes that decide now; fetched pages may not stretch the overshoot of a lag."""
+        self._cut = self._cut or due or not self.lossy
+        over = self.table.resident() - self.budget
+        if due:
+            return over
+        return np.zeros_like(over) if self.lossy else np.where(over >= self.policy.lag, over, 0)
 
-    def _choose(self, a: Access, bit: int, excess: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`."""
+    def _choose(self, a: Access, bit: int, excess, score, head, tail) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last."""
         t = self.table
-        head, tail = self._protected()
         pinned = a.keys - 1 if a.tokens % self.page_size else -1  # a page that is still being filled
         out, counts = np.empty((self.lanes, int(excess.max())), np.int32), np.empty(self.lanes, np.int64)
         bad = kernels.victims(score, t.key, t.tie, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
@@ -262,8 +266,10 @@ class Cache:
     def _place(self, victims: np.ndarray, out: Outcome) -> None:
         """Evicted pages go where the offload policy says; one that has a copy there already moves no bytes."""
         t = self.table
-        where = self._call("place", self.view, victims.reshape(*self.shape, t.slots), of=self.offload)
-        tier = np.broadcast_to(np.asarray(where), (*self.shape, t.slots)).reshape(t.key.shape)
+        where = self._call("place", self.view, locked(victims.reshape(*self.shape, t.slots)), of=self.offload)
+        tier = self._broadcast(where, "tiers", np.int64, of=self.offload)
+        if not np.isin(tier[victims], (-1, 1, 2)).all():
+            raise self._broken("named a tier that does not exist", "place", "1 is host, 2 is SSD, -1 is none", self.offload)
         for number, bit in ((1, HOST), (2, SSD)):
             new = victims & (tier == number) & ((t.copies & bit) == 0)
             out.spilled[number] += self._by_layer(new)
@@ -272,36 +278,30 @@ class Cache:
             t.copies[new] |= bit
         t.copies[victims] &= ~np.uint8(GPU)
         gone = victims & (t.copies == 0)
-        if gone.any():
-            out.dropped += int(gone.sum())
-            slots = [np.flatnonzero(g) for g in gone]
-            counts = np.array([len(s) for s in slots])
-            listed = np.zeros((self.lanes, int(counts.max())), np.int32)
-            for lane, s in enumerate(slots):
-                listed[lane, : len(s)] = s
-            t.release(listed, counts)
+        out.dropped += int(gone.sum())
+        t.release_where(gone)
 
-    def _settle_host(self, a: Access, out: Outcome) -> None:
-        """A full host gives up copies that the GPU has too, then its lowest scores go down to the SSD."""
-        if self.capacity.host is None:
-            return
-        t = self.table
-        over = t.resident(HOST) - self.capacity.host
-        if not (over > 0).any():
-            return
-        redundant = (t.copies & (GPU | SSD)) != 0
-        score = np.where(redundant, np.float32(-np.inf), self._score())
-        gone = self._mask(*self._choose(a, HOST, np.maximum(over, 0), score))
-        down = gone & ~redundant
-        out.spilled[2] += self._by_layer(down)
-        t.copies[down] |= SSD
-        t.copies[gone] &= ~np.uint8(HOST)
+    def _settle_below(self, a: Access, out: Outcome) -> None:
+        """A full tier gives up copies that another tier has too; then a full host's lowest scores go down to the SSD."""
+        t, none = self.table, np.zeros_like(self.budget)
+        for bit, capacity in ((HOST, self.capacity.host), (SSD, self.capacity.ssd)):
+            over = none if capacity is None else np.maximum(t.resident(bit) - capacity, 0)
+            if not over.any():
+                continue
+            spare = (t.copies & ~np.uint8(bit)) != 0
+            score = np.where(spare, np.float32(-np.inf), self._score())
+            gone = self._mask(*self._choose(a, bit, over, score, none, none))
+            down = gone & ~spare
+            if bit == SSD and down.any():
+                raise ConfigError(f"at step {a.step} the SSD needs more than its {capacity} pages per lane", hint="raise --host or --ssd")
+            out.spilled[2] += self._by_layer(down)
+            t.copies[down] |= SSD
+            t.copies[gone] &= ~np.uint8(bit)
 
     def _split(self) -> None:
         if callable(getattr(self.policy, "split", None)):
             wanted = self._broadcast(self._call("split", self.view), "budgets", np.int64, slots=1)
             self.budget[:] = np.clip(wanted[:, 0], 1, self.stride)
-            self.view.budget[:] = self.budget.reshape(*self.shape, 1)
 
     def _shrink(self) -> None:
         """Once a long prompt is cut, the table is as wide as the budget again."""
@@ -312,13 +312,13 @@ class Cache:
     def _protected(self) -> tuple[np.ndarray, np.ndarray]:
         """Pages per lane at the head and at the tail that leave last."""
         p, b = self.policy, self.budget
-        head = np.maximum(pages(p.sink, self.page_size), (p.protect_head * b).astype(np.int64))
-        tail = np.maximum(_window(p.recent, b, self.page_size), (p.protect_tail * b).astype(np.int64))
+        head = np.maximum(window(p.sink, b, self.page_size), share_of(p.protect_head, b))
+        tail = np.maximum(window(p.recent, b, self.page_size), share_of(p.protect_tail, b))
         return head, tail
 
     def _check(self) -> None:
         head, tail = self._protected()
-        least = int((head + tail).max())
+        least = max(1, int((head + tail).max()))
         if self.capacity.gpu < least and self.capacity.gpu < self.stride and self.evicts:
             raise ConfigError(
                 f"a budget of {self.capacity.gpu} pages is below the {least} that {_name(self.policy)} protects",
@@ -339,8 +339,7 @@ class Cache:
 
     def _mask(self, chosen: np.ndarray, counts: np.ndarray) -> np.ndarray:
         mask = np.zeros(self.table.key.shape, bool)
-        for lane, n in enumerate(counts):
-            mask[lane, chosen[lane, :n]] = True
+        kernels.mark(chosen, counts, mask)
         return mask
 
     def _by_layer(self, mask: np.ndarray) -> np.ndarray:
@@ -353,16 +352,18 @@ class Cache:
         """First visible key per table lane from the one per layer."""
         return np.repeat(first, self.shape[1]) if len(first) == self.shape[0] else np.full(self.lanes, first.min())
 
-    def _broadcast(self, value: Any, what: str, dtype: Any, slots: int | None = None) -> np.ndarray:
+    def _broadcast(self, value: Any, what: str, dtype: Any, slots: int | None = None, of: Any = None) -> np.ndarray:
         shape = (*self.shape, self.table.slots if slots is None else slots)
+        method = {"scores": "score", "a read set": "select", "budgets": "split", "tiers": "place"}[what]
         array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise self._broken(f"returned {what} of type {array.dtype}", method, "numbers are expected; is a return missing?", of)
         try:
             array = np.broadcast_to(array, shape)
         except ValueError:
-            method = {"scores": "score", "a read set": "select", "budgets": "split"}[what]
             raise self._broken(
                 f"returned {what} of shape {array.shape}, expected one broadcastable to {shape}",
-                method, "the last axis is the slot; did a sum drop it?",
+                method, "the last axis is the slot; did a sum drop it?", of,
             ) from None  # fmt: skip
         return np.ascontiguousarray(array, dtype).reshape(self.lanes, -1)
 
@@ -395,19 +396,6 @@ class Cache:
         self.table.audit()
         if self._cut:
             assert (self.table.resident() <= np.maximum(self.budget, 1) + self.policy.lag - 1).all(), "over budget"
-
-
-def _window(recent: int | str, budget: np.ndarray, page_size: int) -> np.ndarray:
-    """The recent window in pages per lane: tokens, or a share of the budget such as "50%"."""
-    if isinstance(recent, str):
-        try:
-            share = float(recent.removesuffix("%")) / 100
-        except ValueError:
-            share = -1.0
-        if not recent.endswith("%") or not 0 <= share <= 1:
-            raise ConfigError(f'cannot read recent = "{recent}"', hint='write tokens, or a share of the budget like "50%"')
-        return (share * budget).astype(np.int64)
-    return np.full_like(budget, pages(recent, page_size))
 
 
 def _name(policy: Any) -> str:

@@ -140,15 +140,15 @@ def insert(key, copies, born, arrived, tie, last, uses, mass, weights, free, fre
 
 
 @njit(**_JIT)
-def land(missing, copies, arrived, tie, arrivals, now):
-    """The pages a step waited for are on the GPU; among equals they are the newest arrivals."""
+def land(missing, key, copies, arrived, tie, arrivals, now):
+    """The pages a step waited for are on the GPU; among equals they are the newest arrivals, in the order of their keys."""
     for t in range(missing.shape[0]):
-        for s in range(missing.shape[1]):
-            if missing[t, s]:
-                copies[t, s] |= 1
-                arrived[t, s] = now
-                tie[t, s] = arrivals[t]
-                arrivals[t] += 1
+        slots = np.flatnonzero(missing[t])
+        for s in slots[np.argsort(key[t][slots])]:
+            copies[t, s] |= 1
+            arrived[t, s] = now
+            tie[t, s] = arrivals[t]
+            arrivals[t] += 1
 
 
 @njit(**_JIT)
@@ -164,16 +164,33 @@ def release(key, copies, free, free_count, victims, counts):
 
 
 @njit(**_JIT)
-def release_below(key, copies, free, free_count, first):
-    """Drop pages that the lane's sliding window (first visible key `first[t]`) has left behind."""
+def release_where(gone, key, copies, free, free_count):
+    """Drop the slots of a mask for good: they become free."""
     for t in range(key.shape[0]):
-        if first[t] > 0:
-            for s in range(key.shape[1]):
-                if 0 <= key[t, s] < first[t]:
-                    key[t, s] = -1
-                    copies[t, s] = 0
-                    free[t, free_count[t]] = s
-                    free_count[t] += 1
+        for s in range(key.shape[1]):
+            if gone[t, s]:
+                key[t, s] = -1
+                copies[t, s] = 0
+                free[t, free_count[t]] = s
+                free_count[t] += 1
+
+
+@njit(**_JIT)
+def mark(chosen, counts, mask):
+    """Slots listed per lane, as a mask."""
+    for t in range(mask.shape[0]):
+        for i in range(counts[t]):
+            mask[t, chosen[t, i]] = True
+
+
+@njit(**_JIT)
+def count_copies(copies, bit):
+    """Pages per lane with a copy in the tier `bit`."""
+    out = np.zeros(copies.shape[0], np.int64)
+    for t in range(copies.shape[0]):
+        for s in range(copies.shape[1]):
+            out[t] += (copies[t, s] & bit) != 0
+    return out
 
 
 @njit(**_JIT)

@@ -8,32 +8,31 @@ the budget, not as the sequence.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kvsim.cache import kernels
 
 GPU, HOST, SSD = 1, 2, 4
-_COLUMNS = {
-    "key": np.int32,
-    "copies": np.uint8,
-    "born": np.int32,
-    "arrived": np.int32,
-    "tie": np.int32,
-    "last": np.int32,
-    "uses": np.int32,
-    "mass": np.float32,
-    "weights": np.float32,
-}
+COLUMNS = ("key", "copies", "born", "arrived", "tie", "last", "uses", "mass", "weights")
 
 
 class Table:
     """Columns [lanes, slots]; `private` holds the columns a policy asked for, in the same shape."""
 
-    def __init__(self, lanes: int, slots: int, private: dict[str, type]):
+    def __init__(self, lanes: int, slots: int, private: dict[str, Any]):
         self.lanes, self.slots = lanes, slots
-        for name, dtype in _COLUMNS.items():
-            setattr(self, name, np.zeros((lanes, slots), dtype))
-        self.key.fill(-1)
+        shape = (lanes, slots)
+        self.key = np.full(shape, -1, np.int32)
+        self.copies = np.zeros(shape, np.uint8)  # one bit per tier
+        self.born = np.zeros(shape, np.int32)  # step
+        self.arrived = np.zeros(shape, np.int32)  # step, on the GPU
+        self.tie = np.zeros(shape, np.int32)  # order of arrival within the lane
+        self.last = np.zeros(shape, np.int32)  # step of the last use
+        self.uses = np.zeros(shape, np.int32)
+        self.mass = np.zeros(shape, np.float32)  # sum of weights
+        self.weights = np.zeros(shape, np.float32)  # of this step
         self.private = {name: np.zeros((lanes, slots), dtype) for name, dtype in private.items()}
         # a stack of free slots per lane, lowest slot on top: a first filling is in key order
         self.free = np.tile(np.arange(slots - 1, -1, -1, dtype=np.int32), (lanes, 1))
@@ -62,26 +61,26 @@ class Table:
 
     def land(self, missing: np.ndarray, now: int) -> None:
         """Pages of the mask [lanes, slots] have been fetched."""
-        kernels.land(missing, self.copies, self.arrived, self.tie, self.arrivals, now)
+        kernels.land(missing, self.key, self.copies, self.arrived, self.tie, self.arrivals, now)
 
     def release(self, victims: np.ndarray, counts: np.ndarray) -> None:
         """Free the first `counts[lane]` slots listed in `victims` [lanes, n]."""
         kernels.release(self.key, self.copies, self.free, self.free_count, victims, counts)
 
-    def release_below(self, first: np.ndarray) -> None:
-        """Free the pages whose key is below `first` [lanes]."""
-        kernels.release_below(self.key, self.copies, self.free, self.free_count, first)
+    def release_where(self, gone: np.ndarray) -> None:
+        """Free the lines of the mask [lanes, slots]."""
+        kernels.release_where(gone, self.key, self.copies, self.free, self.free_count)
 
     def resident(self, bit: int = GPU) -> np.ndarray:
         """int64 [lanes]: pages with a copy in the tier."""
-        return np.count_nonzero(self.copies & bit, axis=1)
+        return kernels.count_copies(self.copies, bit)
 
     def resized(self, slots: int) -> Table:
         """The same pages, in key order, in a table of `slots` lines."""
-        new = Table(self.lanes, slots, {name: c.dtype.type for name, c in self.private.items()})
+        new = Table(self.lanes, slots, {name: c.dtype for name, c in self.private.items()})
         order = np.argsort(np.where(self.key < 0, np.iinfo(np.int32).max, self.key), axis=1, kind="stable")[:, :slots]
         n = order.shape[1]
-        for name in _COLUMNS:
+        for name in COLUMNS:
             getattr(new, name)[:, :n] = np.take_along_axis(getattr(self, name), order, 1)
         for name, column in self.private.items():
             new.private[name][:, :n] = np.take_along_axis(column, order, 1)

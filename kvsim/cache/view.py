@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from kvsim.errors import ConfigError
+
 if TYPE_CHECKING:
     from kvsim.cache.demand import Use
     from kvsim.cache.table import Table
@@ -38,8 +40,8 @@ class View:
         """Show another table (after it grew or shrank)."""
         self._table = table
         for name in _PUBLIC:
-            setattr(self, name, _locked(getattr(table, name).reshape(*self.shape, table.slots)))
-        self._copies = _locked(table.copies.reshape(*self.shape, table.slots))
+            setattr(self, name, locked(getattr(table, name).reshape(*self.shape, table.slots)))
+        self._copies = locked(table.copies.reshape(*self.shape, table.slots))
         self._private = {n: c.reshape(*self.shape, table.slots) for n, c in table.private.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -54,7 +56,8 @@ class View:
         return self.keys - 1
 
 
-def _locked(a: np.ndarray) -> np.ndarray:
+def locked(a: np.ndarray) -> np.ndarray:
+    """The same memory, read-only."""
     a = a.view()
     a.flags.writeable = False
     return a
@@ -63,6 +66,28 @@ def _locked(a: np.ndarray) -> np.ndarray:
 def pages(tokens: int, page_size: int) -> int:
     """Tokens rounded up to pages."""
     return -(-tokens // page_size)
+
+
+def window(tokens: int | str, budget: np.ndarray, page_size: int) -> np.ndarray:
+    """Protected pages per lane (int64, like `budget`): from tokens, or a share of the budget such as "50%".
+
+    Raises ConfigError for anything else.
+    """
+    if isinstance(tokens, int) and tokens >= 0:
+        return np.full_like(budget, pages(tokens, page_size))
+    try:
+        if isinstance(tokens, str) and tokens.endswith("%"):
+            return share_of(float(tokens[:-1]) / 100, budget)
+    except ValueError:
+        pass
+    raise ConfigError(f"cannot protect {tokens!r}", hint='write tokens, or a share of the budget like "50%"')
+
+
+def share_of(share: float, budget: np.ndarray) -> np.ndarray:
+    """Whole pages in a share (0 to 1) of each lane's budget; 29 % of 100 is 29, whatever binary fractions say."""
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ConfigError(f"cannot protect a share of {share!r}", hint="write a number from 0 to 1")
+    return np.floor(share * budget + 1e-9).astype(np.int64)
 
 
 def keep(view: View, score: Any, *, sink: int = 0, recent: int = 0) -> np.ndarray:

@@ -59,13 +59,13 @@ def stall_free_gap(nbytes: float, out: float, back: float) -> float:
 
 
 def quantised_bytes(
-    tokens: float, width: float, bits: float, group: int, overhead_bits: float, kept: float = 0.0
+    tokens: float, width: float, bits: float, group: int, group_bits: float, kept: float = 0.0
 ) -> float:
-    """Bytes of `tokens` vectors of `width` values at `bits`, a group's `overhead_bits` included, plus `kept` at FP16."""
-    return tokens * width * (bits + overhead_bits / group) / 8.0 + kept * width * 2.0
+    """Bytes of `tokens` vectors of `width` values at `bits`, with `group_bits` per group; `kept` more stay in FP16."""
+    return tokens * width * (bits + group_bits / group) / 8.0 + kept * width * 2.0
 
 
 def split_seconds(nbytes: float, bandwidths: Sequence[float], shares: Sequence[float] | None = None) -> float:
-    """Time to move bytes over several paths at once; by default in the ratio of their bandwidths, which is the fastest."""
+    """Time to move bytes over several paths at once; by default in the ratio of their bandwidths, the fastest."""
     shares = shares or [b / sum(bandwidths) for b in bandwidths]
     return max(nbytes * share / b for share, b in zip(shares, bandwidths, strict=True))

@@ -165,11 +165,10 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         if c.get(key):
             raise ConfigError(f"{what} ({key}) is not modelled", where=where, hint="only dense models can be timed")
     size = {name: _size(c, keys, where) for name, keys in _ALIASES.items()}
-    kind, gated = c.get("model_type"), c.get("gated_mlp")
-    if gated is None and kind not in _GATED:
-        raise ConfigError(
-            f'unknown model_type "{kind}"', where=where, hint='say whether its MLP has a gate: "gated_mlp": true'
-        )
+    kind = c.get("model_type")
+    if "gated_mlp" not in c and kind not in (*_GATED, *_UNGATED):
+        hint = 'say whether its MLP has a gate: "gated_mlp": true'
+        raise ConfigError(f'unknown model_type "{kind}"', where=where, hint=hint)
     dtype = str(c.get("dtype") or c.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in _BYTES:
         raise ConfigError(f'unknown dtype "{dtype}"', where=where, hint=f"use one of {', '.join(_BYTES)}")

@@ -1,9 +1,9 @@
 """Everything that is busy with one thing at a time: links, the SSD, the GPU's stream, the submit thread.
 
-A SimPy resource costs three events per use (request, timeout, release), and cutting a transfer into pieces
-multiplies them. A `Server` costs one: it is cut only when somebody more urgent arrives, at the next piece, and
-its speed is re-computed only when a neighbour's activity changes it. The order of service is that of a
-`simpy.PriorityResource` whose users hold it for one piece at a time; a test runs both side by side.
+A SimPy resource costs three events per use (request, timeout, release), and cutting every transfer into pieces
+multiplies them. A `Server` costs one: it stops a transfer only when somebody more urgent arrives, at the end of
+the piece under way, and re-computes its speed only when a neighbour's activity changes it. The result is that
+of pieces, each taken from the most urgent transfer there is; a test compares the two.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Job:
 
     __slots__ = ("left", "seconds", "fixed", "piece", "then", "queued", "started", "finished", "_done")
 
-    def __init__(self, seconds: float, fixed: float, piece: float, then: Callable[[], None] | None, now: float):
+    def __init__(self, seconds: float, fixed: float, piece: float, then: Callable[[], object] | None, now: float):
         self.left = self.seconds = seconds
         self.fixed, self.piece, self.then = fixed, piece, then
         self.queued, self.started, self.finished = now, -1.0, False
@@ -116,7 +116,7 @@ class Server:
         self,
         seconds: float,
         priority: int = DEMAND,
-        then: Callable[[], None] | None = None,
+        then: Callable[[], object] | None = None,
         *,
         fixed: float = 0.0,
         piece: float = 0.0,
@@ -174,6 +174,7 @@ class Server:
             self._arm()
 
     def _arm(self) -> None:
+        assert self._current is not None
         self._alarm += 1
         self.clock.after((self._current.left - self._stop) / self._speed, self._wake, self._alarm)
 
@@ -182,6 +183,7 @@ class Server:
         if timeout.value != self._alarm:
             return
         job = self._current
+        assert job is not None
         job.left = self._stop
         if job.left:
             job.queued = self.clock.now
@@ -209,7 +211,7 @@ class Engine(Server):
         """Undisturbed time of `copies` copies of `nbytes` in all."""
         return self.link.latency + copies * self.link.per_copy + nbytes / self.rate
 
-    def move(self, nbytes: float, copies: float, priority: int, then: Callable[[], None] | None = None) -> Job:
+    def move(self, nbytes: float, copies: float, priority: int, then: Callable[[], object] | None = None) -> Job:
         self.bytes += nbytes
         self.transfers += 1
         self.copies += int(copies)
@@ -250,10 +252,10 @@ class SsdEngine(Server):
         nbytes: float,
         requests: float,
         priority: int,
-        then: Callable[[], None] | None = None,
+        then: Callable[[], object] | None = None,
         *,
         lead: float = 0.0,
-        head: Callable[[], None] | None = None,
+        head: Callable[[], object] | None = None,
     ) -> None:
         """Read or write; `head` is called `lead` seconds of service before the end, `then` at the end."""
         self.bytes += nbytes

@@ -78,7 +78,17 @@ class Machine:
     def iterate(self, work: Work) -> Generator[simpy.Event, None, Record]:
         """Run one iteration: `record = yield from machine.iterate(work)` inside a SimPy process."""
         assert len(work.kv_read) == self.shape.layers, "work and model differ in their number of layers"
+        assert work.known in ("start", "layer"), work.known
         return (yield from _Step(self, work).run())
+
+
+def _moved(work: Work, move: str, lumped: bool) -> tuple[list[float], list[float]]:
+    """Bytes and copies of one kind of move, per layer or in one lump; what moves at all is at least one copy."""
+    nbytes, copies = getattr(work, move), getattr(work, move + "_copies")
+    copies = np.where(nbytes > 0, np.maximum(copies, 1.0), 0.0)
+    if lumped:
+        return [float(nbytes.sum())], [float(copies.sum())]
+    return nbytes.tolist(), copies.tolist()
 
 
 class _Step:
@@ -87,13 +97,13 @@ class _Step:
     def __init__(self, machine: Machine, work: Work):
         self.machine, self.clock = machine, machine.clock
         hardware = machine.hardware
+        self.staged = hardware.host.copies == "staged"
         self.seconds = machine.compute_seconds(work)
         self.lumped = machine.overlap != "layer"
         self.layers = 1 if self.lumped else len(self.seconds)
-        moves = [getattr(work, move + suffix) for move in MOVES for suffix in ("", "_copies")]
-        moves = [[float(a.sum())] if self.lumped else a.tolist() for a in moves]
-        self.host, self.host_n, self.ssd, self.ssd_n, self.out, self.out_n, self.store, self.store_n = moves
-        self.copies = [a + b for a, b in zip(self.host_n, self.ssd_n, strict=True)]
+        (self.host, self.host_n), (self.ssd, self.ssd_n), (self.out, self.out_n), (self.store, self.store_n) = (
+            _moved(work, move, self.lumped) for move in MOVES
+        )
         self.fetches = [a + b > 0 for a, b in zip(self.host, self.ssd, strict=True)]
         self.known_at_start = self.lumped or work.known == "start"
         self.priority = PREFETCH if self.known_at_start else DEMAND
@@ -118,10 +128,12 @@ class _Step:
                 record.submit_s += late
             if self.machine.overlap != "step":
                 yield from self._pages(layer, record)
-            started = clock.now
-            yield from self._compute(self._span(layer), record)
+            started, span = clock.now, self._span(layer)
+            yield from self._compute(span, record)
             if self.lumped:
                 ends[:] = self._ends(started, clock.now)
+                waited = span - float(self.seconds.sum())  # within the job, for the submit thread
+                record.submit_s, record.compute_s = record.submit_s + waited, record.compute_s - waited
             else:
                 ends[layer] = clock.now
             self.computed = layer + 1
@@ -170,7 +182,7 @@ class _Step:
     def _submit_copies(self, layer: int) -> None:
         if self.fetches[layer]:
             machine = self.machine
-            copies = 1.0 if machine.hardware.host.copies == "staged" else self.copies[layer]
+            copies = self.ssd_n[layer] + (min(1.0, self.host_n[layer]) if self.staged else self.host_n[layer])
             self.listed[layer] = machine.cpu.reserve(copies * machine.h2d.link.submit)
             if machine.h2d.blocking:  # pageable: the thread copies while the engine runs
                 machine.cpu.reserve((self.host[layer] + self.ssd[layer]) * machine.h2d.blocking)
@@ -204,21 +216,20 @@ class _Step:
         m, nbytes, arrived = self.machine, self.host[layer], partial(self._arrived, layer)
         if nbytes:
             self.parts[layer] += 1
-            if m.hardware.host.copies == "staged":
+            if self.staged:
                 move = partial(m.h2d.move, nbytes, 1, self.priority, arrived)
                 m.gather.put(gather_seconds(m.hardware.host, nbytes), self.priority, move)
             else:
                 m.h2d.move(nbytes, self.host_n[layer], self.priority, arrived)
         if nbytes := self.ssd[layer]:
-            self._fetch_ssd(nbytes, max(1.0, self.ssd_n[layer]), layer)
+            self._fetch_ssd(nbytes, self.ssd_n[layer], layer)
 
     def _fetch_ssd(self, nbytes: float, blocks: float, layer: int) -> None:
         """Blocks are copied on while later ones are read: the copy starts so that it ends with the last block."""
         m, arrived = self.machine, partial(self._arrived, layer)
         copy = partial(m.h2d.move, nbytes, blocks, self.priority, arrived)
-        lead = min(
-            m.read.seconds(nbytes, blocks) - m.read.first(nbytes, blocks), nbytes * (1 - 1 / blocks) / m.h2d.rate
-        )
+        reading = m.read.seconds(nbytes, blocks) - m.read.first(nbytes, blocks)
+        lead = min(reading, nbytes * (1 - 1 / blocks) / m.h2d.rate)
         if lead > 0:
             self.parts[layer] += 2
             m.read.move(nbytes, blocks, self.priority, arrived, lead=lead, head=copy)
@@ -237,7 +248,7 @@ class _Step:
         if self.out[layer]:
             m.d2h.move(self.out[layer], self.out_n[layer], WRITE_BACK)
         if self.store[layer]:
-            m.write.move(self.store[layer], max(1.0, self.store_n[layer]), WRITE_BACK)
+            m.write.move(self.store[layer], self.store_n[layer], WRITE_BACK)
 
     # --- lumped steps ------------------------------------------------------------------------------------
 

@@ -30,13 +30,11 @@ class Work:
 
     @classmethod
     def idle(cls, layers: int, **given) -> Work:
-        """Work that moves and reads nothing but what is given; numbers stand for every layer."""
+        """Work that moves and reads nothing but what is given; a number stands for every layer."""
         moved = [move + suffix for move in MOVES for suffix in ("", "_copies")]
         arrays = {name: np.zeros(layers) for name in ("kv_read", *moved)}
         for name in arrays.keys() & given.keys():
             arrays[name] = arrays[name] + given.pop(name)
-        for move in MOVES:  # bytes without a count are one copy per layer
-            arrays[f"{move}_copies"] = np.maximum(arrays[f"{move}_copies"], arrays[move] > 0)
         return cls(**{"queries": 1, "sequences": 1, "prefill": False, **arrays, **given})
 
 

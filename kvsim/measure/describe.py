@@ -8,18 +8,57 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from kvsim.trace.layout import file_hash
 
+if TYPE_CHECKING:
+    from kvsim.measure.run import Run
+
 
 def shown(name: str | os.PathLike) -> str:
     """A name fit for a file that travels: as typed, but of an absolute path only the last part."""
     path = Path(name)
     return path.name if path.is_absolute() else str(name)
+
+
+def manifest(
+    run: Run,
+    name: str,
+    folder: Path | None,
+    tokenizer: Any,
+    *,
+    source: str | None,
+    licence: str | None,
+    seed: int,
+    captured_at: str | None,
+) -> dict[str, Any]:
+    """Everything about a run that its rows do not say. A date is only in it if the caller gave one."""
+    s = run.settings
+    facts = {
+        "name": name,
+        "heads": "query" if s.heads == "query" else "kv",
+        "reduction": {"mean": ["mean"], "max": ["mean", "max"], "query": []}[s.heads],
+        "model": model_facts(run.model, name, run.features, folder, tokenizer),
+        "attention": {"seen_through": run.via, "weights": "softmax in float32", "timed_with": run.plain},
+        "sampling": {
+            "mode": s.mode,
+            "method": "greedy" if s.mode == "free" else "forced",
+            "seed": seed,
+            "max_new_tokens": s.max_new_tokens,
+            "stop_tokens": sorted(run.eos),
+        },
+        "batch": {"size": s.batch_size, "padding": "left"},
+        "prompt_rows": "all" if s.prompt_rows is None else s.prompt_rows,
+        "prompts": {"source": source, "licence": licence, "count": len(run.prompts)},
+        "hardware": machine_facts(run.device),
+    }
+    if s.vectors:
+        facts["rotary"] = rotary(run.model)
+    return facts | ({"captured_at": captured_at} if captured_at else {})
 
 
 def model_facts(model: Any, name: str, features: dict[int, dict], folder: Path | None, tokenizer: Any) -> dict[str, Any]:

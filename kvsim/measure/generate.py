@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def longest(model: Any) -> int:
+    """Positions the model was made for; without a limit, more than anyone has."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
 class Decoder:
     """One batch in flight: its cache, mask and positions.
 
@@ -36,7 +41,7 @@ class Decoder:
         self.position = (columns - offset).clamp(min=0)
         self.cache = DynamicCache(config=model.config)
         accepted = inspect.signature(model.forward).parameters
-        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._last_position = longest(model) - 1
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def prefill(self) -> Tensor:
@@ -47,7 +52,7 @@ class Decoder:
         """Feed one token per request: (scores of the next token, wall microseconds until they are known)."""
         ids = torch.tensor(tokens, device=self.device)[:, None]
         # a finished request is fed on, and must not run off the end of a position table
-        self.position = (self.position[:, -1:] + 1).clamp(max=self._positions and self._positions - 1)
+        self.position = (self.position[:, -1:] + 1).clamp(max=self._last_position)
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         self._synchronize()

@@ -186,7 +186,8 @@ class Recorder:
                 outputs.append(output(call, v, weights))
         if self.vectors and v is not None:
             new = slice(call.keys - call.rows, call.keys)
-            note.vectors = Vectors(call.q.half(), call.k[:, :, new].half(), v[:, :, new].half())
+            v = v[:, :, : call.keys]
+            note.vectors = Vectors(*(x.to(torch.float16, copy=True) for x in (call.q, call.k[:, :, new], v[:, :, new])))
         note.close()
         if self.on_prompt and isinstance(note, PromptLayer):
             self.on_prompt(note)

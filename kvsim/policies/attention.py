@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvsim.cache.view import window
 from kvsim.errors import ConfigError
 from kvsim.registry import policy
 
@@ -47,16 +48,16 @@ class H2OMask:
 
     def select(self, view):
         budget = int(view.budget.max())
-        recent = max(1, _share(self.recent, budget, view.page_size))
+        recent = max(1, int(window(self.recent, view.budget, view.page_size).max()))
         cached = view.keys - 1  # the incoming page is the last key
         key, total = view.key, view["total"]
         if view.now == 0 or cached <= budget:
             return None
-        window = key >= cached + 1 - recent
+        newest = key >= cached + 1 - recent
         candidate = (key >= 0) & (key < cached - recent)
         heavy = _largest(np.where(candidate, total, -np.inf), key, budget - recent) & candidate
         total[~(heavy | (key >= cached - recent))] = 0.0
-        return heavy | window
+        return heavy | newest
 
     def observe(self, view):
         view["total"][:] += view.mass if view.now == 0 else view.weights
@@ -133,13 +134,6 @@ class LazyEviction:
         if self.tie == "newest":
             return score
         return _ranked(score, -view.key if self.tie == "oldest" else view.weights)
-
-
-def _share(recent: int | str, budget: int, page_size: int) -> int:
-    """A window in pages: tokens, or a share of the budget."""
-    if isinstance(recent, str):
-        return int(float(recent.removesuffix("%")) / 100 * budget)
-    return -(-recent // page_size)
 
 
 def _largest(value: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:

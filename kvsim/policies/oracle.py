@@ -27,7 +27,7 @@ class Belady:
 
     def foresee(self, request, used):
         """Next use of every page after each step, from one pass over the request."""
-        addresses, steps = [], []
+        addresses, steps = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
         for a in request.accesses():
             if a.prefill:
                 lanes, stride = int(np.prod(a.row.shape[:2])), a.row.shape[2]
@@ -40,10 +40,11 @@ class Belady:
         address, step = np.concatenate(addresses), np.concatenate(steps)
         order = np.argsort(address, kind="stable")  # steps stay ascending within an address
         address, step = address[order], step[order]
-        again = np.append(address[1:] == address[:-1], False) if len(address) else np.empty(0, bool)
-        following = np.where(again, np.append(step[1:], _NEVER)[: len(step)], _NEVER)
+        again = np.zeros(len(address), bool)  # is the next entry of the list the same page's next use?
+        again[:-1] = address[1:] == address[:-1]
+        following = np.where(again, np.roll(step, -1), _NEVER)
         self._next = np.full(lanes * stride, _NEVER, np.int32)
-        first = np.append(True, ~again[:-1]) if len(address) else again
+        first = ~np.roll(again, 1)
         self._next[address[first]] = step[first]
         by_step = np.argsort(step, kind="stable")
         self._address, self._following = address[by_step], following[by_step]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def check(path: str | os.PathLike) -> list[str]:
     trace = _attempt(problems, lambda: open_trace(path))
     for source in trace.sources if trace else ():
         for part in (_prompt, _rows, _facts, _extra):
-            _attempt(problems, lambda part=part, source=source: part(source))
+            _attempt(problems, partial(part, source))
     return list(dict.fromkeys(problems))
 
 

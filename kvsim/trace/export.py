@@ -44,12 +44,14 @@ def export(trace: Trace, path: str | os.PathLike) -> int:
             lines = _write(trace, partial)
             os.rename(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
     return lines
 
 
 def _write(trace: Trace, path: Path) -> int:
-    pending, waiting, lines = [], 0, 0
+    pending: list[tuple[np.ndarray, ...]] = []
+    waiting = lines = 0
     with pq.ParquetWriter(
         path, SCHEMA, compression="zstd", use_dictionary=["request", "step", "layer", "head"]
     ) as file:
@@ -93,8 +95,8 @@ def save(trace: Trace, path: str | os.PathLike, *, manifest: Mapping[str, Any] |
 def _save(writer: TraceWriter, source: Source, layers: int) -> None:
     stats, prompt, steps = source.prompt(), source.prompt_tokens, source.output_tokens
     for layer in range(layers):
-        parts = (stats.colsum, stats.colsq, stats.colmax)
-        writer.prompt(source.id, layer, *(None if a is None else a[layer] for a in parts))
+        squares, largest = (None if a is None else a[layer] for a in (stats.colsq, stats.colmax))
+        writer.prompt(source.id, layer, stats.colsum[layer], squares, largest)
     kept = len(stats.rows)
     for i in range(kept):
         for layer in range(layers):

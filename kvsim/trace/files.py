@@ -55,7 +55,7 @@ def geometry(manifest: Mapping[str, Any]) -> Geometry:
     model = manifest.get("model") or {}
     known = {**(model.get("config") or {}), **model} if isinstance(model, Mapping) else {}
 
-    def first(*names: str, default: float) -> Any:
+    def first(*names: str, default: Any) -> Any:
         return next((known[name] for name in names if known.get(name) is not None), default)
 
     lanes = manifest["kv_heads"]
@@ -82,7 +82,7 @@ def geometry(manifest: Mapping[str, Any]) -> Geometry:
 def open_parquet(path: Path, columns: tuple[str, ...]) -> pq.ParquetFile:
     """The Parquet file, once it is known to be one and to hold `columns`."""
     try:
-        file = pq.ParquetFile(path, pre_buffer=False)
+        file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"not a readable Parquet file: {_first_line(error)}", where=str(path), hint=AGAIN) from error
     if missing := [name for name in columns if name not in file.schema_arrow.names]:

@@ -30,6 +30,7 @@ from kvsim.trace.layout import (
     writing,
 )
 from kvsim.trace.pack import Pending, RequestFile, VectorFile
+from kvsim.trace.tables import request_table, step_tables
 
 
 class TraceWriter:
@@ -146,15 +147,12 @@ class TraceWriter:
         mean = np.ascontiguousarray(mean, np.float32)
         self._expect(file, step, layer, mean)
         lost = np.zeros(self.kv_heads, np.float32) if sink is None else np.ascontiguousarray(sink, np.float32)
-        if self.with_max:
-            if peak is None:
-                raise TraceError(f"request {request}, step {step}: with_max needs the group's largest weights too")
-            peak = np.ascontiguousarray(peak, np.float32)
+        largest = self._largest(peak, mean)
         pending = file.pending
         if step > 0 and step != file.last[0] and (file.last[0] == 0 or pending.bytes >= GROUP_BYTES):
             with writing(self.path):
                 file.flush()
-        self._encode(pending, mean, peak, lost, f"request {request}, step {step}, layer {layer}")
+        self._encode(pending, mean, largest, lost, f"request {request}, step {step}, layer {layer}")
         pending.sink.append(None if sink is None else lost.tobytes())
         kv_hi = kv_lo + mean.shape[1]
         pending.keys.append((step, layer, kv_lo, kv_hi))
@@ -164,6 +162,14 @@ class TraceWriter:
         self._totals["rows"] += 1
         self._totals["entries"] += pending.ends[-1] - pending.ends[-2]
         self._totals["positions"] += mean.size
+
+    def _largest(self, peak: np.ndarray | None, mean: np.ndarray) -> np.ndarray:
+        """The group's largest weights, or no rows where the trace does not store them."""
+        if not self.with_max:
+            return mean[:0]
+        if peak is None or np.shape(peak) != mean.shape:
+            raise TraceError("with_max needs the group's largest weights beside the mean", where=str(self.path))
+        return np.ascontiguousarray(peak, np.float32)
 
     def _file(self, request: int) -> RequestFile:
         if request not in self._open:
@@ -193,9 +199,7 @@ class TraceWriter:
         if (step, layer) != after:
             raise TraceError(f"{place}: out of order", hint=f"the next row is step {after[0]}, layer {after[1]}")
 
-    def _encode(
-        self, pending: Pending, mean: np.ndarray, peak: np.ndarray | None, sink: np.ndarray, place: str
-    ) -> None:
+    def _encode(self, pending: Pending, mean: np.ndarray, peak: np.ndarray, sink: np.ndarray, place: str) -> None:
         heads, size = mean.shape
         pending.room(heads * (size + size // kernels.GAP_LIMIT + 1))
         at = pending.ends[-1]
@@ -207,10 +211,9 @@ class TraceWriter:
                 pending.planes["max32"][at:end] = peak.ravel()
         else:
             kept, mass = np.empty(heads, np.uint32), np.empty(heads, np.float32)
-            none = mean[:0]
             p = pending.planes
             end, status, head = kernels.encode_row(
-                mean, none if peak is None else peak, sink, self.keep, self.min_keep, self._floor,
+                mean, peak, sink, self.keep, self.min_keep, self._floor,
                 p["gap_lo"], p["gap_hi"], p["w"], p.get("dmax", p["w"]), at, kept, mass,
             )  # fmt: skip
             pending.kept.append(kept)
@@ -245,10 +248,10 @@ class TraceWriter:
         """Close a request: all its rows are in. `columns` become columns of requests.parquet (None = unknown)."""
         file, prompt = self._file(request), self._prompts.pop(request, {})
         self._complete(file, prompt, prompt_len, n_steps)
-        tokens = np.asarray(tokens, np.int32)
-        if tokens.size < prompt_len + n_steps:
+        ids = np.asarray(tokens, np.int32)
+        if ids.size < prompt_len + n_steps:
             raise TraceError(
-                f"request {request}: {tokens.size} token ids for {prompt_len} + {n_steps} tokens", where=str(self.path)
+                f"request {request}: {ids.size} token ids for {prompt_len} + {n_steps} tokens", where=str(self.path)
             )
         with writing(self.path):
             file.flush()
@@ -258,7 +261,7 @@ class TraceWriter:
                 self._vectors.pop(request).close()
         del self._open[request]
         plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in columns.items()}
-        row = {"request": request, "prompt_len": int(prompt_len), "n_steps": int(n_steps), "tokens": tokens}
+        row = {"request": request, "prompt_len": int(prompt_len), "n_steps": int(n_steps), "tokens": ids}
         self._requests.append(row | plain)
 
     def _complete(self, file: RequestFile, prompt: Mapping[int, tuple], prompt_len: int, n_steps: int) -> None:
@@ -293,7 +296,7 @@ class TraceWriter:
         keys = [("request", pa.int32()), ("layer", pa.int16()), ("head", pa.int16())]
         schema = pa.schema([*keys, *((name, pa.binary()) for name in names)], metadata=self._meta)
         lanes = [(layer, head) for layer in range(self.layers) for head in range(self.kv_heads)]
-        columns = [[request] * len(lanes), [lane[0] for lane in lanes], [lane[1] for lane in lanes]]
+        columns: list[list] = [[request] * len(lanes), [lane[0] for lane in lanes], [lane[1] for lane in lanes]]
         for i in range(len(names)):
             columns.append([None if (a := prompt[layer][i]) is None else a[head].tobytes() for layer, head in lanes])
         if self._prefill is None:
@@ -304,7 +307,7 @@ class TraceWriter:
     # -- the end -----------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        if self._open or not self._requests:
+        if self._open or self._prefill is None:
             left = f"requests {sorted(self._open)} are not finished" if self._open else "no request was captured"
             raise TraceError(f"the trace is not complete: {left}", where=str(self.path))
         with writing(self.path):
@@ -323,15 +326,10 @@ class TraceWriter:
             os.rename(self.partial, self.path)
 
     def _write_tables(self) -> None:
-        names = list(dict.fromkeys(name for row in self._requests for name in row))
-        typed = {"request": pa.int32(), "prompt_len": pa.int32(), "n_steps": pa.int32(), "tokens": pa.list_(pa.int32())}
-        columns = [pa.array([row.get(name) for row in self._requests], typed.get(name)) for name in names]
-        self._write_table("requests.parquet", [pa.table(columns, names=names)])
+        self._write_table("requests.parquet", [request_table(self._requests)])
         known = {row["request"]: row["n_steps"] for row in self._requests}
-        tables = [_step_table(request, known.get(request), self._steps[request]) for request in sorted(self._steps)]
-        if tables:
-            schema = pa.unify_schemas([t.schema for t in tables], promote_options="permissive")
-            self._write_table("steps.parquet", [_conform(t, schema) for t in tables])
+        if self._steps:
+            self._write_table("steps.parquet", step_tables(self._steps, known))
 
     def _write_table(self, name: str, tables: list[pa.Table]) -> None:
         schema = tables[0].schema.with_metadata(self._meta)
@@ -346,22 +344,3 @@ class TraceWriter:
                 if parquet is not None:
                     parquet.close()
         shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def _step_table(request: int, n_steps: int | None, columns: Mapping[str, Any]) -> pa.Table:
-    if n_steps is None or any(len(column) != n_steps for column in columns.values()):
-        lengths = sorted({len(column) for column in columns.values()})
-        raise TraceError(f"request {request}: step columns of {lengths} lines for {n_steps} decode steps")
-    need = {"need": pa.list_(pa.int32())}
-    keys = {"request": np.full(n_steps, request, np.int32), "step": np.arange(1, n_steps + 1, dtype=np.int32)}
-    arrays = {name: pa.array(column, need.get(name)) for name, column in (keys | dict(columns)).items()}
-    return pa.table(arrays)
-
-
-def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with all columns of `schema`, nulls where it has none."""
-    columns = [
-        table.column(f.name).cast(f.type) if f.name in table.column_names else pa.nulls(table.num_rows, f.type)
-        for f in schema
-    ]
-    return pa.table(columns, schema=schema)

@@ -24,9 +24,8 @@ class Group:
         self.lossless = manifest["encoding"]["keep"] == "all"
         self.request, self.step, self.layer, self.kv_lo, self.kv_hi = (_plain(table, key) for key in KEYS)
         self.rows = table.num_rows
-        self.sink = _fixed(table, "sink", "<f4", heads, path)
-        if self.sink is None:
-            self.sink = np.zeros((self.rows, heads), np.float32)
+        no_sink = table.column("sink").null_count == self.rows
+        self.sink = np.zeros((self.rows, heads), np.float32) if no_sink else _fixed(table, "sink", "<f4", heads, path)
         kinds = planes(self.lossless, bool(manifest["encoding"].get("max")))
         self.planes, ends = {}, {}
         for name, kind in kinds.items():
@@ -90,11 +89,9 @@ def _one(table: pa.Table, name: str) -> pa.Array:
     return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
 
-def _fixed(table: pa.Table, name: str, kind: str, heads: int, path: Path) -> np.ndarray | None:
-    """A fixed binary column as [rows, heads]; None where all its values are null."""
+def _fixed(table: pa.Table, name: str, kind: str, heads: int, path: Path) -> np.ndarray:
+    """A fixed binary column as [rows, heads]."""
     column = _one(table, name)
-    if column.null_count == len(column) and len(column):
-        return None
     dtype = np.dtype(kind)
     if column.null_count or column.type != pa.binary(dtype.itemsize * heads):
         raise TraceError(

@@ -37,6 +37,7 @@ PARQUET = {
     "compression": "zstd",
     "compression_level": 3,
     "write_statistics": ["request", "step", "layer"],
+    "write_page_checksum": True,  # damage is met as an error, not as other weights
 }
 
 
@@ -52,7 +53,7 @@ def attention_schema(heads: int, lossless: bool, with_max: bool, meta: Mapping[s
     return pa.schema(columns, metadata={"kvsim": json.dumps(meta, sort_keys=True)})
 
 
-def planes(lossless: bool, with_max: bool) -> dict[str, type]:
+def planes(lossless: bool, with_max: bool) -> dict[str, Any]:
     """Names and element types of the blob columns; heads lie one after another in a blob."""
     if lossless:
         return {"w32": np.float32} | ({"max32": np.float32} if with_max else {})

@@ -17,9 +17,9 @@ from kvsim.trace.layout import GROUP_BYTES, KEYS, PARQUET, VECTOR_TOKENS
 class Pending:
     """Encoded rows of one request that wait for their row group."""
 
-    def __init__(self, heads: int, kinds: Mapping[str, type]):
+    def __init__(self, heads: int, kinds: Mapping[str, Any]):
         self.heads = heads
-        self.planes = {name: np.empty(1 << 16, kind) for name, kind in kinds.items()}
+        self.planes: dict[str, np.ndarray] = {name: np.empty(1 << 16, kind) for name, kind in kinds.items()}
         self.clear()
 
     def clear(self) -> None:
@@ -67,7 +67,11 @@ class Pending:
         keys = np.array(self.keys[begin:end], np.int32)
         columns: dict[str, Any] = dict(zip(KEYS[1:], keys.T, strict=True))
         columns["request"] = np.full(end - begin, request, np.int32)
-        columns["sink"] = pa.array(self.sink[begin:end], schema.field("sink").type)
+        if any(sink is not None for sink in self.sink):  # layers without one have a sink of nothing
+            none = bytes(4 * self.heads)
+            columns["sink"] = [sink or none for sink in self.sink[begin:end]]
+        else:
+            columns["sink"] = [None] * (end - begin)
         if self.kept:
             columns["n"] = _fixed(np.array(self.kept[begin:end], "<u4"))
             columns["mass"] = _fixed(np.array(self.mass[begin:end]).astype("<f2"))

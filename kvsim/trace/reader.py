@@ -66,7 +66,7 @@ class FileSource(Source):
         self._row = row
 
     @cached_property
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> Mapping[str, Any]:  # type: ignore[override]  # read when first asked for
         """Columns of requests.parquet and steps.parquet under their names; times in seconds.
 
         "tokens": int32, prompt and output; "need": one int32 array per decode step; "step_us" becomes
@@ -84,6 +84,8 @@ class FileSource(Source):
 
     def prompt(self) -> PromptRows:
         colsum, colsq, colmax = self._statistics()
+        if colsum is None:
+            raise self._broken("no column sums of the prompt")
         m, kept = self.manifest, -min((first for first, _ in self._spans()), default=0)
         if not 0 < kept <= self.prompt_tokens:
             raise self._broken(f"prompt rows of {max(kept, 0)} tokens in a prompt of {self.prompt_tokens}")
@@ -187,11 +189,12 @@ class FileSource(Source):
     def _statistic(self, blobs: list[bytes | None], shape: tuple[int, ...], path: Path, name: str) -> np.ndarray | None:
         if all(blob is None for blob in blobs):
             return None
-        if any(blob is None or len(blob) != 4 * self.prompt_tokens for blob in blobs):
+        found = [blob for blob in blobs if blob is not None and len(blob) == 4 * self.prompt_tokens]
+        if len(found) < len(blobs):
             raise TraceError(
                 f"request {self.id}: {name} is not {self.prompt_tokens} float32 long", where=str(path), hint=AGAIN
             )
-        values = np.frombuffer(b"".join(blobs), "<f4").reshape(shape)
+        values = np.frombuffer(b"".join(found), "<f4").reshape(shape)
         if not (values >= 0).all() or not np.isfinite(values).all():
             raise TraceError(f"request {self.id}: {name} is negative or not a number", where=str(path), hint=AGAIN)
         return values

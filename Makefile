@@ -1,0 +1,38 @@
+# Two commands set everything up: `make demo` and `make test`. Both make a virtual environment of their own.
+PYTHON ?= python3
+DEMO := .venv-demo
+TEST := .venv-test
+PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench golden clean
+
+demo: $(DEMO)/installed
+	$(DEMO)/bin/kvsim sweep experiments/demo.toml --jobs 2 -o runs/demo
+
+test: $(TEST)/installed
+	$(TEST)/bin/python -m pytest
+
+check: $(TEST)/installed
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/mypy
+	$(TEST)/bin/lint-imports
+
+bench: $(TEST)/installed
+	for f in benchmarks/*.py; do echo "== $$f"; $(TEST)/bin/python $$f || exit 1; done
+
+golden: $(TEST)/installed
+	$(TEST)/bin/python tests/golden/make.py
+
+$(DEMO)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install $(PIP_FLAGS) .
+	touch $@
+
+$(TEST)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TEST)
+	$(TEST)/bin/python -m pip install $(PIP_FLAGS) -e ".[capture,learn,dask,dev]"
+	touch $@
+
+clean:
+	rm -rf $(DEMO) $(TEST) runs build dist *.egg-info

@@ -1,0 +1,142 @@
+"""What a column of a result is called on an axis, and the unit its numbers are printed in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvsim.errors import ConfigError, nearest
+from kvsim.units import format_bytes, parse_bandwidth, parse_budget, parse_bytes, parse_seconds
+
+NAMES = {
+    "recall": "recall (attention mass still read, share)",
+    "mass_hit_rate": "mass hit rate (attention mass found on the GPU, share)",
+    "page_hit_rate": "page hit rate (needed pages found on the GPU, share)",
+    "recurrence_loss": "recurrence loss (uses of an evicted page, share of all uses)",
+    "ceiling": "step ceiling (bound on recall, share)",
+    "stall_share": "stall share (GPU waiting for pages, share of decode time)",
+    "tpot_p50_s": "time per output token, median",
+    "tpot_p90_s": "time per output token, 90th percentile",
+    "tpot_p99_s": "time per output token, 99th percentile",
+    "ttft_mean_s": "time to first token, mean",
+    "end_s": "time until the last token",
+    "peak_bytes": "peak KV cache on the GPU, largest request",
+    "budget_bytes": "budget, mean per request over all lanes",
+    "fetched_host_bytes": "fetched from host memory",
+    "fetched_ssd_bytes": "fetched from SSD",
+    "spilled_host_bytes": "spilled to host memory",
+    "spilled_ssd_bytes": "spilled to SSD",
+    "lost_pages": "uses of a page that was not there",
+    "decode_steps": "decode steps",
+    "page_size": "page size (tokens)",
+    "concurrency": "requests replayed together",
+}
+TITLES = {
+    "recall": "Attention recall", "mass_hit_rate": "Attention mass hit rate", "page_hit_rate": "Page hit rate",
+    "recurrence_loss": "Recurrence loss", "ceiling": "Step ceiling", "stall_share": "Stall share", "tpot_p50_s": "Median time per output token",
+    "tpot_p90_s": "p90 time per output token", "tpot_p99_s": "p99 time per output token", "ttft_mean_s": "Time to first token",
+    "peak_bytes": "Peak KV cache", "budget": "cache budget", "budget_bytes": "cache budget", "page_size": "page size",
+}  # fmt: skip
+# What the full cache has by definition: it loses nothing.
+LOSSLESS = {"recall": 1.0, "mass_hit_rate": 1.0, "page_hit_rate": 1.0, "recurrence_loss": 0.0}
+_BASES = {"fraction": "budget (% of each request's final length)", "pages": "budget (pages per lane)", "bytes": "budget (over all lanes)"}
+_LOG_FROM = 8.0  # largest over smallest value from which an axis of settings is logarithmic
+
+
+def title(column: str) -> str:
+    """The column as the words of a title."""
+    return TITLES.get(column, column.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
+
+
+def check(column: str, known: Iterable[str], role: str) -> None:
+    """Raises ConfigError when no run has the column."""
+    known = sorted(known)
+    if column not in known:
+        raise ConfigError(
+            f'no column "{column}" for {role}; the columns are {", ".join(known)}', hint=nearest(column, known, "the list above").split("? ")[0] + "?"
+            if "did you mean" in nearest(column, known, "") else None,
+        )  # fmt: skip
+
+
+def is_time(column: str) -> bool:
+    return column.endswith("_s")
+
+
+def unit(column: str, values: Sequence[float]) -> tuple[float, str]:
+    """Factor and unit that bring the largest of `values` between 1 and 1000; (1, "") for a pure number."""
+    top = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    if is_time(column):
+        steps = [(1.0, "s"), (1e3, "ms"), (1e6, "µs")]
+        return next((s for s in steps if top * s[0] >= 1), steps[-1]) if top else steps[0]
+    if column.endswith("_bytes"):
+        power = min(4, max(0, int(math.log(top, 1024)))) if top > 0 else 0
+        return 1024.0**-power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return 1.0, ""
+
+
+def label(column: str, unit_name: str) -> str:
+    """Axis label: the column in words, its unit, and for times that they are predicted."""
+    words = NAMES.get(column, column.removesuffix("_s").replace("_", " "))
+    said = ", ".join(x for x in (unit_name, "predicted" if is_time(column) else "") if x)
+    return f"{words} ({said})" if said else words
+
+
+def number(row: Mapping[str, Any], column: str) -> float:
+    """The row's value. Raises ConfigError when it is no number."""
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f'column "{column}" holds "{value}", which is not a number', hint="choose a measured column for y, such as recall")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the values of a column lie on the x axis. `order`: value as printed -> position; `ticks`: position -> text."""
+
+    label: str
+    place: Callable[[Any], float]
+    ticks: dict[float, str] = field(default_factory=dict)
+    log: bool = False
+    words: bool = False  # the values are names: positions mean nothing
+
+
+def axis(column: str, values: Sequence[Any]) -> Axis:
+    """How to lay the values of a column out. Raises ConfigError for budgets that cannot be compared."""
+    if column == "budget":
+        return _budgets([str(v) for v in values])
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        factor, name = unit(column, values)
+        positions = sorted({float(v) * factor for v in values})
+        return Axis(label(column, name), lambda v: float(v) * factor, _few(positions, lambda p: f"{p:.4g}"), _is_log(positions))
+    for parse in (parse_bytes, parse_bandwidth, parse_seconds):
+        try:
+            places = {str(v): parse(v) for v in values}
+        except ConfigError:
+            continue
+        return Axis(label(column, ""), lambda v: places[str(v)], {p: t for t, p in places.items()}, _is_log(sorted(places.values())))
+    names = {str(v): float(i) for i, v in enumerate(dict.fromkeys(map(str, values)))}
+    return Axis(label(column, ""), lambda v: names[str(v)], {p: "default" if t == "None" else t for t, p in names.items()}, words=True)
+
+
+def _budgets(values: list[str]) -> Axis:
+    parsed = {v: parse_budget(v) for v in values}
+    bases = sorted({basis for _, basis in parsed.values()})
+    if len(bases) > 1:
+        raise ConfigError(
+            f"budgets in {' and in '.join(bases)} do not share an axis", hint="draw them against budget_bytes: --x budget_bytes"
+        )
+    factor, text = {
+        "fraction": (100.0, lambda p: f"{p:g}%"), "pages": (1.0, lambda p: f"{p:,.0f}"), "bytes": (1.0, format_bytes),
+    }[bases[0]]  # fmt: skip
+    positions = sorted({v * factor for v, _ in parsed.values()})
+    return Axis(_BASES[bases[0]], lambda v: parsed[str(v)][0] * factor, {p: text(p) for p in positions}, _is_log(positions))
+
+
+def _few(positions: list[float], text: Callable[[float], str]) -> dict[float, str]:
+    return {p: text(p) for p in positions} if len(positions) <= 8 else {}
+
+
+def _is_log(positions: list[float]) -> bool:
+    return bool(positions) and positions[0] > 0 and positions[-1] >= _LOG_FROM * positions[0]

@@ -1,0 +1,97 @@
+"""The sheet every figure is drawn on: type sizes, heading, caveat, and files that come out the same twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvsim.errors import ConfigError
+from kvsim.results import Result, file_beside
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, GREY, FAINT = "#1a1a1a", "#6b6b6b", "#d9d9d9"
+CAVEAT = "open loop: attention was recorded with a full cache, so recall is a proxy for quality"
+PREDICTED = "latencies are predicted by the machine model"
+FORMATS: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # no clock in a file
+_DPI = 160
+_STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 8, "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5, "axes.edgecolor": GREY, "axes.labelcolor": INK, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "text.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
+    "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.6, "hatch.linewidth": 0.5, "svg.hashsalt": "kvsim", "figure.dpi": 100,
+    "savefig.dpi": _DPI, "figure.facecolor": "white", "axes.facecolor": "white",
+}  # fmt: skip
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our looks while a figure is made or written; the caller's settings are back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def sheet(width: float, height: float) -> Figure:
+    """An empty figure in inches, off the screen and outside pyplot's books."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def head(figure: Figure, title: str, lines: Sequence[str], foot: str) -> None:
+    """Title, what was run, and below everything what the numbers may not be taken for."""
+    from textwrap import wrap
+
+    per_line = int(figure.get_figwidth() * 16.5)
+    below = "\n".join(part for line in lines for part in wrap(line, per_line, break_on_hyphens=False))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    top = figure.axes[0]
+    top.set_title(below, loc="left", color=GREY, fontsize=8, linespacing=1.35, pad=8)
+    figure.supxlabel("\n".join(wrap(foot, per_line + 10)), x=0.01, ha="left", fontsize=7, color=GREY)
+
+
+def facts(runs: Sequence[Result], hide: Sequence[str] = ()) -> list[str]:
+    """What all the runs have in common, in two lines: where the attention comes from, and how it was replayed."""
+    config = [r.manifest["config"] for r in runs]
+
+    def same(values: list[Any]) -> Any:
+        return values[0] if len({str(v) for v in values}) == 1 else None
+
+    def setting(key: str, text: str) -> str | None:
+        value = same([c.get(key) for c in config])
+        return None if value is None or key in hide else text.format(value)
+
+    trace = same([r.manifest["trace"]["name"] for r in runs])
+    requests = same([r.manifest["trace"]["requests"] for r in runs])
+    many = f" ({requests} request{'s' * (requests != 1)})" if requests else ""
+    model = same([r.manifest["model"].get("name") for r in runs])
+    hardware = same([r.manifest["hardware"]["name"] for r in runs])
+    regime = same([c["regime"] for c in config])
+    source = [trace and f"trace {trace}{many}", model and f"model {model}", hardware and f"hardware {hardware}"]
+    replay = [
+        setting("regime", "{} regime"),
+        setting("demand", "demand {}") if regime == "offload" else None,
+        setting("policy", "policy {}"),
+        setting("budget", "budget {}"),
+        setting("page_size", "page size {}"),
+        setting("concurrency", "concurrency {}") if any(c["concurrency"] > 1 for c in config) else None,
+    ]
+    return [" · ".join(x for x in line if x) for line in (source, replay)]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure beside `path` and rename it: the same bytes each time. Raises ConfigError for a kind of file we do not
+    write, ResultError when the place cannot be written."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f'cannot draw into "{path.name}"', hint=f"end the name in {', '.join(FORMATS)}")
+    with file_beside(path) as partial, style():
+        figure.savefig(partial, metadata=FORMATS[path.suffix.lower()])
+    return path

@@ -1,0 +1,133 @@
+"""Hardware files: the shipped ones, overrides, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from kvsim.errors import ConfigError
+from kvsim.machine import Constant, Hardware
+from kvsim.machine.hardware import EVIDENCE, FOLDER, KINDS, shipped
+
+NAMES = {"h100-pcie5", "h200-pcie5", "a100-pcie4", "rtx4090-pcie4", "rtxpro6000-pcie5"}
+PLAIN = {"count", "share", "excess", "choice", "flag"}
+
+
+def test_shipped_files():
+    assert set(shipped()) >= NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_constant_has_unit_and_evidence(name):
+    hw = Hardware.load(name)
+    assert hw.name == name and set(hw.constants) == set(KINDS)
+    for key, constant in hw.constants.items():
+        assert constant.evidence in EVIDENCE and constant.source, key
+        assert (KINDS[key] in PLAIN) or str(constant.value)[-1].isalpha(), key
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_file_survives_a_round_trip(name):
+    hw = Hardware.load(name)
+    assert hw.to_toml() == (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    assert Hardware.from_table(tomllib.loads(hw.to_toml()), hw.where) == hw
+
+
+def test_measured_gpus_are_fitted():
+    for name in ("h100-pcie5", "rtx4090-pcie4", "rtxpro6000-pcie5"):
+        constants = Hardware.load(name).constants
+        for key in ("weight_bandwidth", "kv_bandwidth", "gemm_flops", "attention_flops", "kernel_time"):
+            assert constants[f"gpu.{key}"].evidence == "fitted"
+
+
+def test_a_file_by_path(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(Hardware.load("h100-pcie5").to_toml().replace('"h100-pcie5"', '"mine"'))
+    assert Hardware.load(path).name == "mine" == Hardware.load(str(path)).name
+
+
+def test_overrides():
+    hw = Hardware.load("h100-pcie5")
+    changed = hw.with_overrides({"link.h2d.bandwidth": "12GB/s", "gpu.staging_layers": 4, "link.d2h.latency": 5e-6})
+    assert (changed.h2d.bandwidth, changed.gpu.staging_layers, changed.d2h.latency) == (12e9, 4, 5e-6)
+    assert changed.constants["link.h2d.bandwidth"].source == "override"
+    assert hw.h2d.bandwidth == 50e9
+    assert hw.with_overrides({"link.h2d.bandwidth": float("inf")}).h2d.bandwidth == float("inf")
+    measured = hw.with_constants({"gpu.kernel_time": Constant("2us", "measured", "this machine")})
+    assert measured.gpu.kernel_time == 2e-6 and measured.constants["gpu.kernel_time"].evidence == "measured"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ({"link.h2d.bandwith": "1GB/s"}, 'did you mean "link.h2d.bandwidth"'),
+        ({"link.h2d.bandwidth": "-1GB/s"}, "link.h2d.bandwidth"),
+        ({"link.h2d.bandwidth": "0GB/s"}, "not positive"),
+        ({"link.h2d.bandwidth": "25"}, "no unit"),
+        ({"link.h2d.bandwidth": "25GB"}, "GB/s"),
+        ({"gpu.kernel_time": "-1us"}, "gpu.kernel_time"),
+        ({"gpu.staging_layers": 1.5}, "whole number"),
+        ({"gpu.staging_layers": -1}, "whole number"),
+        ({"link.h2d.duplex": 1.5}, "at most 1"),
+        ({"gpu.copy_slowdown": -0.1}, "0 or more"),
+        ({"host.merge": 1}, "true or false"),
+        ({"host.copies": "magic"}, "staged"),
+    ],
+)
+def test_bad_overrides(override, says):
+    with pytest.raises(ConfigError, match=says):
+        Hardware.load("h100-pcie5").with_overrides(override)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('name = "h100-pcie5"\n', "", '"name" is missing'),
+        ("[cpu]", "[cpus]", "cpus"),
+        ("kernel_time", "kernel_tim", "gpu.kernel_tim"),
+        ("[host]\n", "[host]\ncolour = 3\n", "host.colour"),
+        ('{value = "80GB", ', '{value = "80GB", note = "x", ', "note"),
+        ('{value = "80GB", ', "{", '"value" is missing'),
+        ('{value = "80GB", ', "{value = 80, ", "gpu.memory: 80 has no unit"),
+        ('{value = "80GB", ', '{value = "80", ', "no unit"),
+        ('{value = "80GB", ', '{value = "80GX", ', "unknown unit"),
+        ('evidence = "datasheet"', 'evidence = "hearsay"', "hearsay"),
+        ('source = "pinned host cache"', 'source = ""', "source is empty"),
+        ('{value = "50GB/s"', '{value = "-50GB/s"', "link.h2d.bandwidth"),
+        ("[gpu]", "[gpu", "not TOML"),
+        ("[ssd]", "[ssd]\n[ssd.raid]", "ssd.raid"),
+    ],
+)
+def test_bad_files_name_file_and_key(tmp_path, old, new, says):
+    text = Hardware.load("h100-pcie5").to_toml()
+    assert old in text
+    path = tmp_path / "bad.toml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=says) as caught:
+        Hardware.load(path)
+    assert "bad.toml" in str(caught.value)
+
+
+def test_a_missing_constant_is_named(tmp_path):
+    lines = Hardware.load("h100-pcie5").to_toml().splitlines()
+    path = tmp_path / "bad.toml"
+    path.write_text("\n".join(line for line in lines if not line.startswith("kv_bandwidth")))
+    with pytest.raises(ConfigError, match='"gpu.kv_bandwidth" is missing'):
+        Hardware.load(path)
+
+
+def test_unknown_name():
+    with pytest.raises(ConfigError, match="h100-pcie5"):
+        Hardware.load("h100-pcie6")
+    with pytest.raises(ConfigError, match="no hardware"):
+        Hardware.load("nowhere/else.toml")
+
+
+def test_hardware_and_compute_load_no_simpy():
+    code = (
+        "import sys; sys.modules['simpy'] = None; from kvsim.machine import Hardware, Work; Hardware.load('h100-pcie5')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,266 @@
+"""Runs end to end: what is conserved, what follows by hand, and that the same run is the same bytes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvsim
+from kvsim.config import RunConfig, parse_settings, run_config
+from kvsim.errors import ConfigError, KvsimError, PolicyError, ResultError, TraceError
+from kvsim.results import STEPS, TABLES, open_result
+from kvsim.simulate import Replay, prepare, run
+from kvsim.trace.access import Geometry, dense_trace
+
+from .conftest import SIZES, random_source
+
+ONLINE = ["random", "fifo", "lru", "lfu", "streaming-llm(sink=2)", "h2o", "h2o-mask", "tova", "lazy-eviction(window=3)"]
+
+
+@pytest.mark.parametrize("policy", ["full", *ONLINE, "belady", "mass-oracle"])
+@pytest.mark.parametrize("regime", ["lossy", "offload"])
+def test_every_policy_runs_in_both_regimes(trace, policy, regime):
+    r = run(trace, policy=policy, regime=regime, budget="50%", page_size=1, demand="theta" if regime == "offload" else "dense")
+    assert r.summary["decode_steps"] == 60
+    assert 0 < r.recall <= 1 + 1e-6
+    assert np.isfinite(r.steps["end_s"]).all() and (r.steps["end_s"] > r.steps["start_s"]).all()
+    if policy == "full":
+        assert r.recall == pytest.approx(1, abs=1e-6) and r.recurrence_loss == 0
+        assert r.summary["fetched_host_bytes"] == r.summary["spilled_host_bytes"] == 0
+
+
+def test_lossy_moves_no_bytes_and_offload_loses_nothing(trace):
+    lossy = run(trace, policy="lru", budget="30%")
+    assert lossy.summary["fetched_host_bytes"] == lossy.summary["spilled_host_bytes"] == 0
+    assert lossy.steps["dropped_pages"].sum() > 0
+    kept = run(trace, policy="lru", budget="30%", regime="offload", page_size=1)
+    assert kept.recall == pytest.approx(1, abs=1e-6) and kept.steps["dropped_pages"].sum() == 0
+
+
+def test_dense_offload_fetches_what_the_budget_cannot_hold(trace):
+    """Dense demand reads every page in every step; what is over the budget is fetched each time, by hand."""
+    r = run(trace, policy="lru", budget="10", regime="offload", page_size=1)
+    page = 2 * 16 * 2.0  # keys and values, head_dim 16, two bytes
+    lanes = 4
+    expected = sum(24 + t - 1 - 10 for t in range(1, 21)) * lanes * page * 3  # three requests, 24 prompt tokens, 20 steps
+    assert r.summary["fetched_host_bytes"] == expected
+    # everything is used in every step, so the oldest arrivals leave; each page is written once, the last one never
+    assert r.summary["spilled_host_bytes"] == 43 * lanes * page * 3
+
+
+@given(st.sampled_from(ONLINE), st.integers(4, 30), st.sampled_from([1, 3, 8]))
+@settings(max_examples=25, deadline=None)
+def test_no_policy_is_above_the_step_ceiling(policy, budget, page_size):
+    toy = dense_trace([random_source(7)], Geometry(2, 2, 2, 16, **SIZES))
+    try:
+        r = run(toy, policy=policy, budget=str(budget), page_size=page_size)
+    except ConfigError:  # a budget below what the policy protects
+        return
+    if "lazy" not in policy:  # decides late and declares the overshoot
+        assert (r.tables["steps"]["attended"] <= r.tables["steps"]["ceiling"] * (1 + 1e-5) + 1e-6)[1:].all()
+
+
+def test_a_faster_link_never_makes_a_run_longer(trace):
+    base = dict(policy="lru", budget="20%", page_size=1, regime="offload", model="llama-3.1-8b", concurrency=3)
+    slow = run(trace, **base, constants={"link.h2d.bandwidth": "1GB/s"})
+    fast = run(trace, **base, constants={"link.h2d.bandwidth": "2GB/s"})
+    assert fast.summary["end_s"] < slow.summary["end_s"]
+    assert fast.summary["fetched_host_bytes"] == slow.summary["fetched_host_bytes"]
+    assert slow.stall_share > fast.stall_share > 0
+
+
+def test_time_does_not_change_what_the_cache_decides(trace):
+    a = run(trace, policy="h2o", budget="30%", hardware="h100-pcie5")
+    b = run(trace, policy="h2o", budget="30%", hardware="rtx4090-pcie4", model="llama-3.1-8b", concurrency=3)
+    assert a.recall == b.recall and a.summary["end_s"] != b.summary["end_s"]
+    assert np.allclose(a.lanes, b.lanes)
+
+
+def test_concurrency_shares_the_machine(trace):
+    one = run(trace, policy="full", model="llama-3.1-8b")
+    three = run(trace, policy="full", model="llama-3.1-8b", concurrency=3)
+    assert three.summary["end_s"] < one.summary["end_s"]  # weights are read once for three
+    assert three.tpot_p50_s > one.tpot_p50_s
+
+
+def test_the_same_run_is_the_same_bytes(trace, tmp_path):
+    for name in ("a", "b"):
+        run(trace, policy="random", budget="30%", seed=3).save(tmp_path / name)
+    for file in ("manifest.json", *(f"{t}.parquet" for t in TABLES)):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert run(trace, policy="random", budget="30%", seed=4).id != run(trace, policy="random", budget="30%", seed=3).id
+
+
+def test_a_result_comes_back_whole(trace, tmp_path):
+    r = run(trace, policy="h2o", budget="30%")
+    again = open_result(r.save(tmp_path / "r"))
+    assert again.summary == json.loads(json.dumps(r.summary))
+    assert list(again.steps.columns) == list(STEPS)
+    assert again.steps.equals(r.steps) and again.requests.equals(r.requests)
+
+
+def test_what_is_not_a_result_is_never_replaced(trace, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ResultError, match="not a kvsim result"):
+        run(trace, policy="lru", budget="30%").save(mine)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "half").mkdir()
+    with pytest.raises(ResultError, match="not a result folder"):
+        open_result(tmp_path / "half")
+
+
+def test_budgets_in_three_units_agree(trace):
+    pages = 11
+    share = run(trace, policy="lru", budget="25%")  # 25 % of 44 tokens
+    count = run(trace, policy="lru", budget=str(pages))
+    size = run(trace, policy="lru", budget=f"{pages * 4 * 64}B")  # 4 lanes, 64 bytes per page
+    assert share.recall == count.recall == size.recall
+    assert {r.manifest["budget_basis"] for r in (share, count, size)} == {
+        "of each request's final length", "per lane", "over all lanes",
+    }  # fmt: skip
+    assert share.manifest["budget_bytes"] == pages * 4 * 64
+
+
+def test_a_budget_above_the_need_is_the_full_cache_and_is_noted_once(trace):
+    r = run(trace, policy="lru", budget="1000")
+    assert r.recall == pytest.approx(1, abs=1e-6)
+    assert sum("fit into the budget whole" in n for n in r.manifest["notes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "says"),
+    [
+        ({"policy": "h20"}, PolicyError, 'did you mean "h2o"'),
+        ({"policy": "h2o(recnt=3)"}, PolicyError, 'no parameter "recnt"'),
+        ({"budget": "0"}, ConfigError, "keeps nothing"),
+        ({"budget": "-5"}, ConfigError, "keeps nothing"),
+        ({"budget": "1%"}, ConfigError, "less than one page"),
+        ({"budget": "3 apples"}, ConfigError, "apples"),
+        ({"policy": "streaming-llm(sink=8)", "budget": "5"}, ConfigError, "raise the budget"),
+        ({"regime": "lossless"}, ConfigError, "regime"),
+        ({"regime": "lossy", "offload": "spill"}, ConfigError, "contradicts"),
+        ({"regime": "lossy", "demand": "topk(3)"}, ConfigError, "no meaning"),
+        ({"demand": "psychic"}, ConfigError, "unknown demand"),
+        ({"demand": "select", "policy": "lru", "page_size": 1}, ConfigError, "read set"),
+        ({"hardware": "h100-pcie"}, ConfigError, "h100-pcie5"),
+        ({"constants": {"link.h2d.bandwidht": "1GB/s"}}, ConfigError, "bandwidth"),
+        ({"model": "no-such-model"}, ConfigError, "llama-3.1-8b"),
+        ({"requests": [99]}, TraceError, "no request 99"),
+        ({"concurrency": 0}, ConfigError, "concurrency"),
+        ({"page_size": 0}, ConfigError, "page_size"),
+        ({"colour": "red"}, ConfigError, "colour"),
+        ({"regime": "offload", "host": "100B", "ssd": "0B", "budget": "4", "page_size": 1}, ConfigError, "raise --host"),
+        ({"policy": "h2o(recent='half')"}, ConfigError, "half"),
+        ({"use": "weight(-1)"}, ConfigError, "above zero"),
+    ],
+)
+def test_bad_settings_say_what_would_be_right(trace, keys, error, says):
+    with pytest.raises(error) as caught:
+        run(trace, **keys)
+    assert isinstance(caught.value, KvsimError)
+    assert says in str(caught.value)
+
+
+def test_a_model_the_trace_does_not_describe_is_not_invented():
+    bare = dense_trace([random_source(0)], Geometry(2, 2, 2, 16))
+    with pytest.raises(ConfigError, match="hidden"):
+        run(bare, policy="lru")
+    assert run(bare, policy="lru", model="llama-3.2-1b").recall > 0
+
+
+def test_a_what_if_model_moves_its_own_bytes(trace, tmp_path):
+    config = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
+              "head_dim": 32, "intermediate_size": 512, "vocab_size": 1000, "dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = run(trace, policy="lru", budget="20%", regime="offload", page_size=1)
+    other = run(trace, policy="lru", budget="20%", regime="offload", page_size=1, model=str(tmp_path / "config.json"))
+    ratio = (4 * 4 * 32) / (2 * 2 * 16)  # layers x heads x head_dim
+    assert other.summary["fetched_host_bytes"] == own.summary["fetched_host_bytes"] * ratio
+    assert any("what-if" in n for n in other.manifest["notes"])
+
+
+def test_bytes_on_the_link_are_the_bytes_of_the_steps(trace):
+    r = run(trace, policy="h2o", budget="30%", page_size=2, regime="offload", concurrency=2)
+    links = r.links.set_index(["link", "direction"])["bytes"]
+    assert links["pcie", "h2d"] == pytest.approx(r.steps["fetched_host_bytes"].sum())
+    assert links["pcie", "d2h"] == pytest.approx(r.steps["spilled_host_bytes"].sum())
+
+
+def test_a_small_host_overflows_to_the_ssd(trace):
+    lanes_page = 4 * 64
+    r = run(trace, policy="lru", budget="8", regime="offload", demand="theta", page_size=1, host=f"{12 * lanes_page}B", ssd="1MB")
+    assert r.summary["spilled_ssd_bytes"] > 0 and r.summary["fetched_ssd_bytes"] > 0
+    assert r.recall == pytest.approx(1, abs=0.2) and r.steps["dropped_pages"].sum() == 0
+
+
+def test_layer_granularity_decides_once_for_all_heads(trace):
+    setting = prepare(trace, run_config({"policy": "h2o", "budget": "30%", "granularity": "layer"}))
+    replay = Replay(setting, setting.trace.requests()[0], audit=True)
+    for _ in replay:
+        pass
+    assert replay.cache.shape == (2, 1)
+    assert replay.cache.table.key.shape[0] == 2
+
+
+def test_settings_and_their_types():
+    assert parse_settings(["budget=20%", "seed=3", "hardware.link.h2d.bandwidth=50GB/s", "requests=[1, 2]"]) == {
+        "budget": "20%", "seed": 3, "hardware.link.h2d.bandwidth": "50GB/s", "requests": [1, 2],
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="--set"):
+        parse_settings(["budget"])
+    assert RunConfig(budget=0.5).budget == "0.5"
+
+
+def test_resolved_configuration_runs_again_as_the_same_run(trace):
+    first = run(trace, policy="lru", budget="50%", regime="offload")
+    again = run(trace, run_config(first.manifest["config"]))
+    assert again.id == first.id and again.summary == first.summary
+
+
+def test_a_user_policy_in_one_file(trace, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from kvsim import policy\n\n@policy('mine')\nclass Mine:\n    '''Keeps the even keys.'''\n"
+        "    def score(self, view):\n        return view.key % 2 == 0\n"
+    )
+    r = run(trace, policy=f"{file}(recent=2)", budget="50%")
+    assert r.manifest["policy"]["name"] == "mine" and 0 < r.recall < 1
+    file.write_text(file.read_text().replace("== 0", "== 1"))
+    assert run(trace, policy=f"{file}(recent=2)", budget="50%").id != r.id
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return view.key * float('nan')", "NaN"),
+        ("return view.key.sum(-1)", "shape"),
+        ("view.mass[:] = 0; return view.key", "read-only"),
+        ("return 1 / 0", "ZeroDivisionError"),
+        ("return 'high'", "numbers are expected"),
+    ],
+)
+def test_a_policy_that_breaks_its_contract_is_named(trace, tmp_path, body, says):
+    file = tmp_path / "broken.py"
+    file.write_text(f"from kvsim import policy\n\n@policy('broken')\nclass Broken:\n    def score(self, view):\n        {body}\n")
+    with pytest.raises(PolicyError) as caught:
+        run(trace, policy=str(file), budget="30%")
+    assert says in str(caught.value) and "broken.py" in str(caught.value)
+
+
+def test_pages_and_pools_keep_the_mass(trace):
+    for view in (trace.paged(5), trace.pooled("layer"), trace.pooled("token").paged(3)):
+        for request in view.requests():
+            for a in request.accesses():
+                assert a.row.sum() == pytest.approx(np.prod(view.lanes), rel=1e-5)
+                assert (a.peak <= a.row + 1e-6).all()
+
+
+def test_public_names_exist():
+    for name in kvsim.__all__:
+        assert getattr(kvsim, name) is not None
+    assert replace(Geometry(1, 1), layers=2).layers == 2
