@@ -319,7 +319,7 @@ class Cache:
     def _check(self) -> None:
         head, tail = self._protected()
         least = max(1, int((head + tail).max()))
-        if self.capacity.gpu < least and self.capacity.gpu < self.stride and self.evicts:
+        if self.budget[0] < min(least, self.stride) and self.evicts:
             raise ConfigError(
                 f"a budget of {self.capacity.gpu} pages is below the {least} that {_name(self.policy)} protects",
                 hint=f"raise the budget to at least {least} pages, or lower sink, recent or lag",

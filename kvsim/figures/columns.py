@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvsim.errors import ConfigError, nearest
+from kvsim.errors import ConfigError
 from kvsim.units import format_bytes, parse_bandwidth, parse_budget, parse_bytes, parse_seconds
 
 NAMES = {
@@ -54,10 +55,9 @@ def check(column: str, known: Iterable[str], role: str) -> None:
     """Raises ConfigError when no run has the column."""
     known = sorted(known)
     if column not in known:
-        raise ConfigError(
-            f'no column "{column}" for {role}; the columns are {", ".join(known)}', hint=nearest(column, known, "the list above").split("? ")[0] + "?"
-            if "did you mean" in nearest(column, known, "") else None,
-        )  # fmt: skip
+        close = difflib.get_close_matches(column, known, n=1)
+        guess = f'did you mean "{close[0]}"? ' if close else ""
+        raise ConfigError(f'no column "{column}" to draw as {role}', hint=f"{guess}the columns are {', '.join(known)}")
 
 
 def is_time(column: str) -> bool:

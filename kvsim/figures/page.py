@@ -87,11 +87,14 @@ def facts(runs: Sequence[Result], hide: Sequence[str] = ()) -> list[str]:
     return [" · ".join(x for x in line if x) for line in (source, replay)]
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure beside `path` and rename it: the same bytes each time. Raises ConfigError for a kind of file we do not
-    write, ResultError when the place cannot be written."""
+def check_name(path: Path) -> None:
+    """Raises ConfigError for a kind of file we do not write."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f'cannot draw into "{path.name}"', hint=f"end the name in {', '.join(FORMATS)}")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure beside `path` and rename it: the same bytes each time. Raises ResultError when that fails."""
     with file_beside(path) as partial, style():
         figure.savefig(partial, metadata=FORMATS[path.suffix.lower()])
     return path

@@ -43,12 +43,14 @@ def capture(
 ) -> Path:
     """Capture `prompts` on `model` into the new trace directory `out`; returns its path.
 
-    `model`: a Hugging Face causal language model: local folder, name, or loaded. `prompts`: a file for
-    `read_prompts`, or Prompts. `mode`: "free" generates greedily until a stop token or `max_new_tokens` (as many
-    as the known continuation has, else 256); "forced" feeds the tokens that follow each prompt (all, or that many). `heads`: "mean" over the
-    query heads of a KV head, "max" adds the group's largest weight, "query" keeps every query head.
-    `prompt_rows`: last prompt rows stored, or "all". `vectors` stores q, k, v. `spans`: a file for `read_spans`.
-    `keep`, `lossless`: see `TraceWriter`. `name`, `source`, `licence`, `captured_at` and `seed` are noted in the manifest.
+    `model`: a Hugging Face causal language model: local folder, name, or loaded.
+    `prompts`: a file for `read_prompts`, or Prompts (`task_prompts` makes some).
+    `mode`: "free" generates greedily until a stop token or `max_new_tokens` (None: as many as the known
+    continuation has, else 256); "forced" feeds the tokens that follow each prompt, at most `max_new_tokens`.
+    `heads`: "mean" over the query heads of a KV head; "max" adds the group's largest weight; "query" reduces nothing.
+    `prompt_rows`: how many of the last prompt rows are stored, or "all". `vectors`: store q, k and v too.
+    `spans`: a file for `read_spans`. `keep`, `lossless`: as in `TraceWriter`.
+    `name`, `source`, `licence`, `captured_at`, `seed`: noted in the manifest.
     `progress(done, total, what)` is told about decode steps.
 
     Raises ConfigError (CaptureError for what cannot be captured) and TraceError; nothing is left under `out` then.
@@ -85,7 +87,9 @@ def capture(
     return Path(out)
 
 
-def load_model(name: str | os.PathLike, *, device: str | None = None, dtype: str | None = None, tokenizer: Any = None) -> tuple:
+def load_model(
+    name: str | os.PathLike, *, device: str | None = None, dtype: str | None = None, tokenizer: Any = None
+) -> tuple[Any, Any, Path | None]:
     """(model, tokenizer or None, folder of the weights or None) from a local folder or a Hugging Face name."""
     transformers = require("transformers")
     local = Path(name).is_dir()

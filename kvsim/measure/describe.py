@@ -61,7 +61,7 @@ def manifest(
     return facts | ({"captured_at": captured_at} if captured_at else {})
 
 
-def model_facts(model: Any, name: str, features: dict[int, dict], folder: Path | None, tokenizer: Any) -> dict[str, Any]:
+def model_facts(model: Any, name: str, features: dict[int, dict], folder: Path | None, tokenizer: Any) -> dict:
     """The model: configuration, sizes, hashes, and per layer what attention turned out to use."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["_name_or_path"] = name
@@ -104,7 +104,7 @@ def rotary(model: Any) -> list[dict[str, Any]]:
 
 
 def weights_hash(model: Any, folder: Path | None) -> str:
-    """SHA-256 of the one safetensors file; of "name hash" lines for several; of the state dict for a model in memory."""
+    """SHA-256 of the one safetensors file, of "name hash" lines for several, of the state dict where there is none."""
     files = sorted(folder.glob("*.safetensors")) if folder else []
     if len(files) == 1:
         return file_hash(files[0])

@@ -32,7 +32,11 @@ def watching(model: torch.nn.Module, recorder: Recorder, *, via: str | None = No
     """
     refuse(model)
     via = via or ("registry" if uses_registry(model) else "tap")
-    hook = model.register_forward_pre_hook(lambda m, args, kwargs: recorder.begin(_past(m, args, kwargs)), with_kwargs=True)
+
+    def begin(outermost: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        recorder.begin(_past(outermost, args, kwargs))
+
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         with _registered(model, recorder) if via == "registry" else Tap(recorder, getattr(model, "config", None)):
             yield recorder
@@ -49,15 +53,17 @@ def uses_registry(model: torch.nn.Module) -> bool:
 def refuse(model: torch.nn.Module) -> None:
     """CaptureError if what this model computes is not what a recorder would see."""
     for part in model.modules():
-        compiled = isinstance(part, torch._dynamo.OptimizedModule) or getattr(part, "_compiled_call_impl", None) is not None
-        if compiled or hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+        wrapped = isinstance(part, torch._dynamo.OptimizedModule)
+        in_place = getattr(part, "_compiled_call_impl", None) is not None
+        if wrapped or in_place or hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
             raise CaptureError("the model is compiled", hint="pass the model as it was before torch.compile")
     config = getattr(model, "config", None)
     kernel = getattr(config, "_attn_implementation", None)
     if kernel not in (None, *_PLAIN):
         if kernel == NAME:
             raise CaptureError("this model is already being captured")
-        raise CaptureError(f'attention runs in the kernel "{kernel}"', hint='load the model with attn_implementation="sdpa"')
+        hint = 'load the model with attn_implementation="sdpa"'
+        raise CaptureError(f'attention runs in the kernel "{kernel}"', hint=hint)
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError("this is an encoder-decoder", hint="only decoder-only models can be captured")
 
@@ -93,13 +99,24 @@ def _registered(model: Any, recorder: Recorder) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
-def _attend(recorder: Recorder, base: Any, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kw: Any):
+def _attend(
+    recorder: Recorder,
+    base: Any,
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    *args: Any,
+    **kw: Any,
+) -> tuple[torch.Tensor, None]:
     """transformers' attention signature: SDPA's output, and a record of the weights behind it.
 
     SDPA knows neither soft-capped scores nor learned sinks; there the output comes from the recorded weights.
     """
     if strange := [name for name in _UNKNOWN if kw.get(name) is not None]:
-        raise CaptureError(f"attention takes {strange[0]}, which capture does not know", hint="this model cannot be captured yet")
+        hint = "this model cannot be captured yet"
+        raise CaptureError(f"attention takes {strange[0]}, which capture does not know", hint=hint)
     softcap, sinks = kw.get("softcap"), kw.get("s_aux")
     causal = kw.get("is_causal")
     own = softcap is not None or sinks is not None
@@ -139,7 +156,17 @@ class Tap(TorchFunctionMode):
             self._observe(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _observe(self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
+    def _observe(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
         if query.dim() != 4:
             raise CaptureError(f"attention over {query.dim()} axes", hint="capture reads [batch, heads, tokens, dim]")
         if self.kv_heads and key.shape[1] > self.kv_heads:  # copies of each KV head, one per query head of its group

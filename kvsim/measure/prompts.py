@@ -34,7 +34,12 @@ class Prompt:
 
 
 def prompt(
-    tokens: Iterable[int], prompt_len: int | None = None, *, where: str | None = None, spans: Iterable = (), **facts: Any
+    tokens: Iterable[int],
+    prompt_len: int | None = None,
+    *,
+    where: str | None = None,
+    spans: Iterable = (),
+    **facts: Any,
 ) -> Prompt:
     """A checked Prompt; `prompt_len` None means that all tokens are the prompt. Raises ConfigError."""
     ids = np.asarray(list(tokens), np.int32)
@@ -43,7 +48,8 @@ def prompt(
         raise ConfigError(f"a prompt of {length} out of {len(ids)} tokens", where=where, hint="give 1 token or more")
     need = facts.get("need")
     if need is not None and len(need) != len(ids):
-        raise ConfigError(f"{len(need)} entries of need for {len(ids)} tokens", where=where, hint="give one list per token")
+        what = f"{len(need)} entries of need for {len(ids)} tokens"
+        raise ConfigError(what, where=where, hint="give one list per token")
     return Prompt(ids, length, spans=_spans(spans, length, where), **facts)
 
 
@@ -66,7 +72,8 @@ def read_spans(path: str | Path) -> tuple[Span, ...]:
     try:
         return _spans(json.loads(_text(path)), None, Path(path).name)
     except ValueError as e:
-        raise ConfigError(f"the spans cannot be read: {e}", where=Path(path).name, hint='write [[0, 12, "system"], ...]') from e
+        hint = 'write [[0, 12, "system"], ...]'
+        raise ConfigError(f"the spans cannot be read: {e}", where=Path(path).name, hint=hint) from e
 
 
 def with_spans(prompts: Iterable[Prompt], spans: Sequence[Span]) -> list[Prompt]:
@@ -160,7 +167,8 @@ def _from_object(line: str, tokenizer: Any, where: str) -> Prompt:
         tail = _encoded(item.get("completion", ""), tokenizer, where, add_special_tokens=False)
         return prompt([*head, *tail], len(head), where=where, spans=item.get("spans", ()))
     except (ValueError, TypeError) as e:
-        raise ConfigError(f"cannot read this line: {e}", where=where, hint='write {"prompt": "..."} or {"tokens": [...]}') from e
+        hint = 'write {"prompt": "..."} or {"tokens": [...]}'
+        raise ConfigError(f"cannot read this line: {e}", where=where, hint=hint) from e
 
 
 def _encoded(text: str, tokenizer: Any, where: str, **how: Any) -> list[int]:
@@ -177,5 +185,6 @@ def _spans(items: Iterable, length: int | None, where: str | None) -> tuple[Span
         raise ConfigError(f"a span is not [start, end, name]: {e}", where=where) from e
     for start, end, name in spans:
         if not 0 <= start < end or (length is not None and end > length):
-            raise ConfigError(f'span "{name}" is [{start}, {end})', where=where, hint="spans lie in the prompt and are not empty")
+            hint = "spans lie in the prompt and are not empty"
+            raise ConfigError(f'span "{name}" is [{start}, {end})', where=where, hint=hint)
     return spans

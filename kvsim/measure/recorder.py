@@ -129,11 +129,14 @@ class Recorder:
     `on_prompt`, where set, is handed each layer of a prompt as soon as it is done, instead of `take`.
     """
 
-    def __init__(self, *, heads: str = "mean", prompt_rows: int | None = 64, vectors: bool = False, row_block: int = 64):
+    def __init__(
+        self, *, heads: str = "mean", prompt_rows: int | None = 64, vectors: bool = False, row_block: int = 64
+    ):
         if heads not in HEADS:
             raise CaptureError(f'unknown reduction "{heads}"', hint='use "mean", "max" or "query"')
         if row_block < 1 or (prompt_rows is not None and prompt_rows < 1):
-            raise CaptureError("prompt rows and row blocks are counted from 1", hint="the last prompt row is always stored")
+            hint = "the last prompt row is always stored"
+            raise CaptureError("prompt rows and row blocks are counted from 1", hint=hint)
         self.heads, self.prompt_rows, self.vectors, self.row_block = heads, prompt_rows, vectors, row_block
         self.spans: Spans = ()
         self.on_prompt: Callable[[PromptLayer], None] | None = None
@@ -169,7 +172,8 @@ class Recorder:
         """
         _refuse_graphs(q)
         if layer in self.seen:
-            raise CaptureError(f"layer {layer} attends twice in one forward pass", hint="only decoder-only models can be captured")
+            hint = "only decoder-only models can be captured"
+            raise CaptureError(f"layer {layer} attends twice in one forward pass", hint=hint)
         self.seen.add(layer)
         past = k.shape[2] - q.shape[2] if self.past is None else self.past
         scale = q.shape[-1] ** -0.5 if scale is None else scale

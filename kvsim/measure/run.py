@@ -56,7 +56,11 @@ class Run:
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[Prompt], settings: Settings, progress: Callable[[int, int, str], None] | None = None
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        settings: Settings,
+        progress: Callable[[int, int, str], None] | None = None,
     ):
         self.model, self.prompts, self.settings = model, list(prompts), settings
         self.device = next(model.parameters()).device
@@ -85,7 +89,8 @@ class Run:
             raise CaptureError(what, where=where, hint="ask for fewer new tokens")
         vocabulary = self.model.config.get_text_config().vocab_size
         if p.tokens.min() < 0 or p.tokens.max() >= vocabulary:
-            raise CaptureError(f"a token id outside of the model's {vocabulary}", where=where, hint="made for another model?")
+            hint = "were they made for another model?"
+            raise CaptureError(f"token ids outside of the model's {vocabulary}", where=where, hint=hint)
 
     def _look(self) -> tuple[str, dict[int, dict]]:
         """Which way in sees the attention of this model, and what it uses: found out with two tokens."""
@@ -138,17 +143,16 @@ class Run:
         decoder = self._decoder(prompts)
         layers = {layer: i for i, layer in enumerate(sorted(self.features))}
         store = Store(writer, requests.start, prompts, decoder.pads, layers)
-        spans = [[(start + pad, end + pad) for start, end, _ in p.spans] for p, pad in zip(prompts, decoder.pads, strict=True)]
-        self.recorder.spans = spans if any(spans) else ()
+        self.recorder.spans = store.columns_of_spans()
         self.recorder.on_prompt = store.prompt
         with watching(self.model, self.recorder, via=self.via):
             fed, captured_us = self._captured(decoder, choice, store, tell)
         pads = decoder.pads
         del decoder  # and its cache, before the second one grows
-        step_us = self._timed(prompts, fed, tell)
+        times = {"step_us": self._timed(prompts, fed, tell), "captured_step_us": captured_us}
         for b, p in enumerate(prompts):
             store.write_spans(b)
-            _close(writer, requests.start + b, p, choice, b, step_us, captured_us, {"batch_slot": b, "pad": pads[b]})
+            _close(writer, requests.start + b, p, choice, b, times, {"batch_slot": b, "pad": pads[b]})
 
     def _decoder(self, prompts: Sequence[Prompt]) -> Decoder:
         return Decoder(self.model, [p.tokens[: p.prompt_len] for p in prompts], _pad_token(self.model), self.device)
@@ -182,7 +186,7 @@ class Run:
 
 
 def _close(
-    writer: TraceWriter, request: int, p: Prompt, choice: Choice, b: int, step_us: list[float], captured_us: list[float], facts: dict
+    writer: TraceWriter, request: int, p: Prompt, choice: Choice, b: int, times: dict[str, list[float]], facts: dict
 ) -> None:
     """Finish one request: its tokens, and what is known of each step.
 
@@ -195,8 +199,7 @@ def _close(
         "token": chosen[1:],
         "logprob": np.array(choice.logprob[b][1:], np.float32),
         "entropy": np.array(choice.entropy[b][1:], np.float32),
-        "step_us": np.array(step_us[:steps], np.float32),
-        "captured_step_us": np.array(captured_us[:steps], np.float32),
+        **{name: np.array(micros[:steps], np.float32) for name, micros in times.items()},
     }
     if p.need is not None:
         columns["need"] = _needs(p, chosen)
@@ -212,7 +215,8 @@ def _needs(p: Prompt, chosen: np.ndarray) -> list[list[int]]:
     """Per decode step what its next token follows from; nothing once the run has left the known continuation."""
     known = p.tokens[p.prompt_len :][: len(chosen)]
     same = np.logical_and.accumulate(known == chosen[: len(known)])
-    return [list(map(int, p.need[p.prompt_len + t])) if t < len(same) and same[t] else [] for t in range(1, len(chosen))]
+    on_path = int(same.sum())
+    return [list(map(int, p.need[p.prompt_len + t])) if t < on_path else [] for t in range(1, len(chosen))]
 
 
 @contextlib.contextmanager

@@ -26,11 +26,18 @@ class Store:
     is full, then cross in one copy per kind of number.
     """
 
-    def __init__(self, writer: TraceWriter, first: int, prompts: Sequence[Prompt], pads: Sequence[int], layers: dict[int, int]):
+    def __init__(
+        self, writer: TraceWriter, first: int, prompts: Sequence[Prompt], pads: Sequence[int], layers: dict[int, int]
+    ):
         self.writer, self.first, self.prompts, self.pads, self.layers = writer, first, prompts, pads, layers
         self._waiting: list[tuple[int, list[int], list[DecodeRow]]] = []
         self._bytes = 0
         self._spans: list[list[tuple[int, np.ndarray]]] = [[] for _ in prompts]  # per request: (layer, sums)
+
+    def columns_of_spans(self) -> list[list[tuple[int, int]]]:
+        """Per request, the batch columns of its spans; empty if no request has any."""
+        spans = [[(s + pad, e + pad) for s, e, _ in p.spans] for p, pad in zip(self.prompts, self.pads, strict=True)]
+        return spans if any(spans) else []
 
     def prompt(self, note: PromptLayer) -> None:
         """One layer of the prompt: statistics, last rows, spans, vectors."""
@@ -95,7 +102,8 @@ class Store:
         ]
         types = {"span": pa.int32(), "start": pa.int32(), "end": pa.int32(), "layer": pa.int16(), "head": pa.int16()}
         columns = {key: pa.array([line[key] for line in lines], types.get(key)) for key in lines[0]}
-        pq.write_table(pa.table(columns), self.writer.partial / f"spans-{self.first + b}.parquet", compression=PARQUET["compression"])
+        path = self.writer.partial / f"spans-{self.first + b}.parquet"
+        pq.write_table(pa.table(columns), path, compression=PARQUET["compression"])
 
 
 def _parts(vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:

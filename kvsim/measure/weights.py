@@ -98,10 +98,8 @@ class Call:
 def _masked(score: Tensor, mask: Tensor) -> Tensor:
     """Scores under a bool or additive mask; an additive one hides with the lowest finite number or -inf."""
     shape = score.shape
-    if mask.shape[1] != 1:
-        mask = mask.reshape(mask.shape[0], *shape[1:])
-    else:
-        mask = mask[:, :, None]
+    per_head = mask.shape[1] != 1
+    mask = mask.reshape(mask.shape[0], *shape[1:]) if per_head else mask[:, :, None]
     if mask.dtype == torch.bool:
         return score.masked_fill(~mask, _HIDDEN)
     hidden = mask <= torch.finfo(mask.dtype).min / 2

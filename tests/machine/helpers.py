@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import simpy
 
 from kvsim.machine import Hardware, Machine, ModelShape, Record, Work
@@ -64,6 +62,3 @@ def step(hw: Hardware, work: Work, overlap: str = "layer") -> Record:
 def seconds(x: float) -> float:
     """Bytes that take `x` seconds, to read or to move."""
     return x * KV_RATE
-
-
-HERE = Path(__file__).parent

@@ -1,0 +1,85 @@
+"""Figures of results: `plot` for a notebook, `draw` for a file, `draw_plan` for the [[plot]] tables of a sweep.
+
+matplotlib is imported when something is drawn, never its global state: no window, no pyplot, no settings left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvsim.errors import ConfigError, ResultError, nearest
+from kvsim.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("line", "timeline", "lanes")
+_PLOT_KEYS = ("file", "x", "y", "hue")
+
+
+class Table(Protocol):
+    """What a Grid is to this module: the runs, and one flat mapping of settings and numbers for each."""
+
+    runs: list[Result]
+
+    def rows(self) -> list[dict[str, Any]]: ...
+
+
+class Plan(Protocol):
+    """What a sweep file asks to be drawn."""
+
+    plots: list[dict[str, Any]]
+    where: str | None
+
+
+def plot(grid: Table, x: str = "budget", y: str | None = None, hue: str = "policy") -> Figure:
+    """Column `y` of every run against column `x`, one line per value of `hue` (and of whatever else differs).
+
+    `y` is recall in the lossy regime and the page hit rate where evicted pages come back, unless you say otherwise.
+    Raises ConfigError for an unknown column, ResultError when there is nothing to draw.
+    """
+    from kvsim.figures import line, page
+
+    runs = _some(grid.runs)
+    with page.style():
+        return line.draw(runs, grid.rows(), x, y or _metric(runs), hue)
+
+
+def draw(
+    grid: Table, output: Path, *, kind: str = "line", x: str = "budget", y: str | None = None, hue: str = "policy", steps: str | None = None
+) -> Path:
+    """Draw into a .png, .svg or .pdf file. `kind`: "line" over many runs; "timeline" of decode steps `steps` ("100:140") or
+    "lanes" of one run. Raises ConfigError for what cannot be drawn, ResultError for what cannot be read or written."""
+    from kvsim.figures import lanes, page, timeline
+
+    if kind not in KINDS:
+        raise ConfigError(f'cannot draw a "{kind}"', hint=nearest(kind, KINDS, f"{', '.join(KINDS)}:"))
+    page.check_name(output)
+    if kind == "line":
+        return page.save(plot(grid, x, y, hue), output)
+    runs = _some(grid.runs)
+    if len(runs) > 1:
+        raise ConfigError(f"{kind} draws one run, here are {len(runs)}", hint="give the folder of one of them")
+    with page.style():
+        figure = timeline.draw(runs[0], steps) if kind == "timeline" else lanes.draw(runs[0], y or _metric(runs))
+    return page.save(figure, output)
+
+
+def draw_plan(grid: Table, plan: Plan, folder: Path) -> list[Path]:
+    """Draw each [[plot]] table of a sweep file into its folder."""
+    for table in plan.plots:
+        if not isinstance(table, dict) or "file" not in table or not set(table) <= set(_PLOT_KEYS):
+            raise ConfigError(f"[[plot]] {table} is not a plot", where=plan.where, hint=f"its keys are {', '.join(_PLOT_KEYS)}; file is needed")
+    return [draw(grid, folder / t["file"], **{k: v for k, v in t.items() if k != "file"}) for t in plan.plots]
+
+
+def _some(runs: Sequence[Result]) -> Sequence[Result]:
+    if not runs:
+        raise ResultError("there is no run to draw", hint="give a folder that `kvsim run` or `kvsim sweep` wrote")
+    return runs
+
+
+def _metric(runs: Sequence[Result]) -> str:
+    return "recall" if all(r.manifest["config"]["regime"] == "lossy" for r in runs) else "page_hit_rate"

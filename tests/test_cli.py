@@ -1,0 +1,213 @@
+"""The command line as a person meets it: exit codes, three-line errors, nothing half-written."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kvsim.trace.export import save
+
+from .conftest import SIZES
+
+MODEL = {
+    "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "hidden_size": SIZES["hidden"], "intermediate_size": SIZES["intermediate"], "vocab_size": SIZES["vocab"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def toy(trace, tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "toy.kvtrace"
+    save(trace, path, manifest={"model": MODEL}, lossless=True)
+    return path
+
+
+def kvsim(*arguments, cwd, check=None, **kwargs):
+    done = subprocess.run([sys.executable, "-m", "kvsim", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, **kwargs)
+    if check is not None:
+        assert done.returncode == check, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_run_prints_the_answer_and_writes_the_result(toy, tmp_path):
+    done = kvsim("run", toy, "--policy", "h2o", "--budget", "30%", "-o", "out", cwd=tmp_path, check=0)
+    for word in ("recall", "TPOT", "stall share", "step ceiling", "belady", "verdict:", "open loop", "predicted", "regret"):
+        assert word in done.stdout, word
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["config"]["policy"] == "h2o" and manifest["summary"]["decode_steps"] == 60
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "manifest.json", "timing.json", "steps.parquet", "requests.parquet", "lanes.parquet", "links.parquet",
+    }  # fmt: skip
+
+
+def test_two_processes_write_the_same_bytes(toy, tmp_path):
+    for name in "ab":
+        kvsim("run", toy, "--policy", "random", "--budget", "30%", "--no-references", "-o", name, cwd=tmp_path, check=0,
+              env={**os.environ, "PYTHONHASHSEED": "1" if name == "a" else "2"})  # fmt: skip
+    for file in sorted((tmp_path / "a").iterdir()):
+        if file.name != "timing.json":
+            assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_dry_run_prints_a_configuration_that_runs(toy, tmp_path):
+    done = kvsim("run", toy, "--regime", "offload", "--budget", "9", "--page-size", 1, "--dry-run", cwd=tmp_path, check=0)
+    (tmp_path / "run.toml").write_text(done.stdout)
+    a = kvsim("run", "--config", "run.toml", "--no-references", "-o", "a", cwd=tmp_path, check=0)
+    assert "written to a" in a.stdout
+    config = json.loads((tmp_path / "a" / "manifest.json").read_text())["config"]
+    assert config["offload"] == "spill" and config["page_size"] == 1
+
+
+BAD = [
+    (["run"], "no trace was given"),
+    (["run", "nowhere.kvtrace"], "nowhere.kvtrace"),
+    (["run", "TOY", "--policy", "h20"], 'did you mean "h2o"'),
+    (["run", "TOY", "--policy", "h2o("], "cannot read"),
+    (["run", "TOY", "--policy", "absent.py"], "absent.py"),
+    (["run", "TOY", "--budget", "0"], "keeps nothing"),
+    (["run", "TOY", "--budget", "-3"], "keeps nothing"),
+    (["run", "TOY", "--set", "hardware.gpu.memroy=3GB"], "memroy"),
+    (["run", "TOY", "--set", "colour=red"], "colour"),
+    (["run", "TOY", "--config", "absent.toml"], "absent.toml"),
+    (["run", "TOY", "--budget", "50%", "-o", "taken"], "not a kvsim result"),
+    (["run", "TOY", "--budget", "50%", "-o", "/proc/none/out"], "cannot write"),
+    (["list", "polices"], "policies"),
+    (["sweep", "absent.toml"], "absent.toml"),
+    (["sweep", "plain.toml"], "no [sweep] table"),
+    (["plot", "empty"], "no result here"),
+    (["trace", "info", "nowhere.kvtrace"], "nowhere.kvtrace"),
+    (["frobnicate"], "frobnicate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_two_and_three_lines(toy, tmp_path, arguments, says):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "plain.toml").write_text('trace = "demo"\n')
+    done = kvsim(*[toy if a == "TOY" else a for a in arguments], cwd=tmp_path, check=2)
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 4 and done.stdout == ""
+    assert {p.name for p in tmp_path.iterdir()} == {"taken", "empty", "plain.toml"}, "something was left behind"
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "kvsim", "--debug", "run", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" in done.stderr
+
+
+def test_an_interrupt_is_130_and_leaves_nothing(toy, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom kvsim import policy\n\n@policy('slow')\nclass Slow:\n    'Waits.'\n"
+        "    def score(self, view):\n        print('started', flush=True)\n        time.sleep(0.2)\n        return view.last\n"
+    )
+    command = [sys.executable, "-m", "kvsim", "run", str(toy), "--policy", "slow.py", "--budget", "30%", "-o", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("started")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {"slow.py"}
+
+
+def test_a_full_disk_leaves_no_result(toy, tmp_path):
+    """A real limit on file size: the kernel refuses the write, as it does when the disk is full."""
+    script = (
+        "import resource, runpy, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nsys.argv = ['kvsim'] + sys.argv[1:]\nrunpy.run_module('kvsim', run_name='__main__')\n"
+    )
+    arguments = ["run", str(toy), "--policy", "lru", "--budget", "30%", "--no-references", "-o", "out"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+SWEEP = """
+name = "small"
+trace = "{trace}"
+[sweep]
+policy = ["full", "lru", "h2o", "belady"]
+budget = ["30%", "60%"]
+[[sweep.also]]
+policy = ["streaming-llm(sink=2)"]
+budget = ["30%"]
+[[plot]]
+file = "recall.svg"
+x = "budget"
+y = "recall"
+hue = "policy"
+"""
+
+
+def test_sweep_resumes_and_draws(toy, tmp_path):
+    (tmp_path / "s.toml").write_text(SWEEP.format(trace=toy))
+    listed = kvsim("sweep", "s.toml", "--dry-run", cwd=tmp_path, check=0)
+    assert "9 points" in listed.stdout and not (tmp_path / "runs").exists()
+    first = kvsim("sweep", "s.toml", "--jobs", "2", "-o", "out", cwd=tmp_path, check=0)
+    assert "verdict" in first.stdout and "step ceiling" in first.stdout
+    assert (tmp_path / "out" / "recall.svg").read_text().startswith("<?xml")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/manifest.json")}
+    assert len(stamps) == 9
+    again = kvsim("sweep", "s.toml", "-o", "out", cwd=tmp_path, check=0)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/manifest.json")} == stamps
+    table = [x for x in first.stdout.splitlines() if "h2o" in x]
+    assert table == [x for x in again.stdout.splitlines() if "h2o" in x]
+    kvsim("sweep", "s.toml", "-o", "alone", "--no-plots", cwd=tmp_path, check=0)  # one process: the same bytes
+    for file in sorted((tmp_path / "alone").rglob("*.parquet")):
+        assert file.read_bytes() == (tmp_path / "out" / file.relative_to(tmp_path / "alone")).read_bytes()
+
+
+def test_a_failing_point_stops_the_sweep_with_its_reason(toy, tmp_path):
+    (tmp_path / "nan.py").write_text(
+        "from kvsim import policy\n\n@policy('nan')\nclass Nan:\n    'Not a number.'\n    def score(self, view):\n        return view.last * float('nan')\n"
+    )
+    text = SWEEP.format(trace=toy).replace('"full", "lru"', '"lru", "nan.py"')
+    (tmp_path / "s.toml").write_text(text)
+    for jobs in ("1", "2"):
+        done = kvsim("sweep", "s.toml", "--jobs", jobs, "-o", f"out{jobs}", cwd=tmp_path, check=2)
+        assert "NaN" in done.stderr and not list(tmp_path.rglob("*.partial"))
+
+
+def test_list_and_trace_commands(toy, tmp_path):
+    assert "lazy-eviction" in kvsim("list", "policies", cwd=tmp_path, check=0).stdout
+    assert "spill" in kvsim("list", "offload", cwd=tmp_path, check=0).stdout
+    assert "h100-pcie5" in kvsim("list", "hardware", cwd=tmp_path, check=0).stdout
+    assert "toy" in kvsim("trace", "info", toy, cwd=tmp_path, check=0).stdout
+    assert "is whole" in kvsim("trace", "check", toy, cwd=tmp_path, check=0).stdout
+    kvsim("trace", "export", toy, "-o", "long.parquet", cwd=tmp_path, check=0)
+    import pyarrow.parquet as pq
+
+    assert {"request", "step", "layer", "head", "position", "weight"} <= set(pq.read_schema(tmp_path / "long.parquet").names)
+
+
+def test_plot_draws_a_timeline_and_lanes(toy, tmp_path):
+    kvsim("run", toy, "--policy", "lru", "--budget", "30%", "--no-references", "-o", "out", cwd=tmp_path, check=0)
+    for kind in ("timeline", "lanes"):
+        kvsim("plot", "out", "--kind", kind, "-o", f"{kind}.png", cwd=tmp_path, check=0)
+        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "plot", "list", "check", "capture", "trace info", "trace check", "trace export"])
+def test_help_has_an_example(command, tmp_path):
+    done = kvsim(*command.split(), "--help", cwd=tmp_path, check=0)
+    assert re.search(rf"Example:\s+kvsim {command}", done.stdout)
+
+
+def test_light_imports(tmp_path):
+    code = "import sys, kvsim, kvsim.cli; print([m for m in ('torch', 'matplotlib', 'numba', 'pandas', 'pyarrow', 'simpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).stdout.strip() == "[]"
+    code = (
+        "import sys\nfor m in ('pydantic', 'simpy', 'typer', 'tomli_w'): sys.modules[m] = None\n"
+        "import kvsim.trace.reader, kvsim.trace.format, kvsim.cache.cache, kvsim.policies.attention, kvsim.measure, kvsim.registry as r\nr.load_all()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).returncode == 0
+
+
