@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -291,18 +292,66 @@ def plot(
     folders: Annotated[list[Path], typer.Argument(help="Results of `kvsim run` or `kvsim sweep`.")],
     kind: Annotated[str, typer.Option(help="line, timeline or lanes.")] = "line",
     x: Annotated[str, typer.Option(help="Column on the x axis.")] = "budget",
-    y: Annotated[str, typer.Option(help="Column on the y axis.")] = "recall",
+    y: Annotated[str | None, typer.Option(help="Column on the y axis; recall, or page_hit_rate in the offload regime.")] = None,
     hue: Annotated[str, typer.Option(help="Column that tells the lines apart.")] = "policy",
+    steps: Annotated[str | None, typer.Option(help="Timeline: decode steps, such as 100:140.")] = None,
     output: Out = None,
 ) -> None:
-    """Draw curves over a sweep, or the timeline or the lanes of one run, as PNG or SVG.
+    """Draw curves over a sweep, or the timeline or the lanes of one run, as PNG, SVG or PDF.
 
     Example: kvsim plot runs/demo --y tpot_p99_s -o latency.svg
     """
     from kvsim.figures import draw
+    from kvsim.sweeps import Grid, open_results
 
-    path = draw(folders, kind=kind, x=x, y=y, hue=hue, output=output)
+    grid = Grid([run for folder in folders for run in open_results(folder).runs], [])
+    name = f"{y or 'curve'}.png" if kind == "line" else f"{kind}.png"
+    path = draw(grid, output or folders[0] / name, kind=kind, x=x, y=y, hue=hue, steps=steps)
     typer.echo(f"written {path}")
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Argument(help="A Hugging Face causal language model: a local folder or a name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .kvtrace folder to write.")],
+    prompts: Annotated[Path | None, typer.Option(help="A .txt file (one prompt a line) or .jsonl (prompt, or tokens).")] = None,
+    task: Annotated[Path | None, typer.Option(help="A Python file with sample(seed, index, ...), such as the reasoner's.")] = None,
+    task_args: Annotated[str, typer.Option(help="Settings for the task: problems=6,steps=8.")] = "",
+    count: Annotated[int, typer.Option(help="Prompts to draw from the task.", min=1)] = 8,
+    mode: Annotated[str, typer.Option(help="free: generate greedily. forced: feed the given continuation.")] = "free",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Decode steps at most.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts run together.", min=1)] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    heads: Annotated[str, typer.Option(help="mean over a KV head's query heads, max beside it, or query: no reduction.")] = "mean",
+    prompt_rows: Annotated[str, typer.Option(help="How many of the last prompt rows to store, or all.")] = "64",
+    vectors: Annotated[bool, typer.Option(help="Store queries, keys and values too.")] = False,
+    spans: Annotated[Path | None, typer.Option(help="JSON list of [start, end, name]: column sums per span.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of each row's mass that is kept.")] = 0.99,
+    lossless: Annotated[bool, typer.Option(help="Every weight, as float32.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the task's samples.")] = 0,
+    licence: Annotated[str | None, typer.Option(help="Licence of the prompts, noted in the trace.")] = None,
+) -> None:
+    """Run a model and store the attention it computes as a trace.
+
+    Example: kvsim capture experiments/reasoner/model --task experiments/reasoner/task.py --task-args problems=6,steps=8 -o my.kvtrace
+    """
+    from kvsim.measure.capture import capture as capture_model
+    from kvsim.measure.prompts import task_prompts
+
+    if (prompts is None) == (task is None):
+        raise ConfigError("give either --prompts or --task", hint="a file of prompts, or a generator such as experiments/reasoner/task.py")
+    if prompt_rows != "all" and not prompt_rows.isdigit():
+        raise ConfigError(f'--prompt-rows "{prompt_rows}"', hint='write a number, or "all"')
+    with _Wait("capturing") as wait:
+        given = task_prompts(task, count, seed=seed, settings=task_args) if task else prompts
+        path = capture_model(
+            model, given, output, mode=mode, max_new_tokens=max_new_tokens, batch_size=batch_size, device=device, dtype=dtype,
+            heads=heads, prompt_rows="all" if prompt_rows == "all" else int(prompt_rows), vectors=vectors, spans=spans, keep=keep,
+            lossless=lossless, seed=seed, licence=licence, source=f"{task.name}({task_args})" if task else None,
+            progress=lambda done, total, what: wait.update(done, total),
+        )  # fmt: skip
+    typer.echo(f"written {path} in {wait.seconds:.1f} s; look at it with: kvsim trace info {path}")
 
 
 @trace_app.command("info")
@@ -316,9 +365,25 @@ def trace_info(trace: TraceArg) -> None:
     from kvsim.trace.check import info
 
     table = Table("", "", box=None, pad_edge=False, show_header=False)
-    for key, value in info(_open(trace)).items():
-        table.add_row(key, str(value))
+    for key, value in _lines(info(_open(trace))):
+        table.add_row(key, value)
     _console().print(table)
+
+
+def _lines(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Facts as dotted lines a person can read; the model's whole configuration stays in the manifest."""
+    from kvsim.units import format_bytes
+
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            if key != "config":
+                yield from _lines(value, f"{prefix}{key}.")
+        elif value is not None:
+            size = key.endswith("bytes") and isinstance(value, int) and value > 1024
+            text = format_bytes(value) if size else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+            if isinstance(value, (list, tuple)):
+                text = "; ".join(", ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in value)
+            yield prefix + key, str(text)
 
 
 @trace_app.command("check")

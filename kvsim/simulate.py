@@ -252,7 +252,7 @@ def run(trace: Trace, config: RunConfig | None = None, *, ceiling: bool = True, 
     env = simpy.Environment()
     shape, c = setting.shape, setting.config
     assert shape is not None
-    machine = Machine(env, setting.hardware, shape, overlap=c.overlap)
+    machine = Machine(env, setting.hardware, shape, overlap=c.overlap, alone=True)
     books = _Books(setting)
     env.process(_serve(env, machine, setting, books, ceiling, progress or (lambda done, total: None)))
     try:

@@ -88,7 +88,6 @@ class ReferenceCache:
         self.by_selection = offload is not None and demand is None
         self.selects = hasattr(policy, "select")
         self.group = layers * heads // (self.shape[0] * self.shape[1])
-        self.arrivals = np.zeros(self.shape, int)
         shape = (*self.shape, stride)
         self.v = v = _Columns(**{name: np.zeros(shape, getattr(Table(0, 0, {}), name).dtype) for name in COLUMNS})
         v.key[:] = -1
@@ -133,20 +132,16 @@ class ReferenceCache:
     def _enter(self, a):
         v = self.v
         for key in range(a.keys - a.fresh, a.keys):
-            v.key[..., key], v.copies[..., key], v.tie[..., key] = key, 1, self.arrivals
+            v.key[..., key], v.copies[..., key] = key, 1
             for column in (v.born, v.arrived, v.last):
                 column[..., key] = a.step
-            self.arrivals += 1
 
     def _fetch(self, seen):
         v = self.v
         needed = seen if self.by_selection else (v.key >= 0) & (self.peak >= self.need).any(2)
         self.out.missing = needed & ~v.resident
-        for at in np.argwhere(self.out.missing):
-            layer, head, key = at
-            v.copies[layer, head, key] |= 1
-            v.arrived[layer, head, key], v.tie[layer, head, key] = v.now, self.arrivals[layer, head]
-            self.arrivals[layer, head] += 1
+        v.copies[self.out.missing] |= 1
+        v.arrived[self.out.missing] = v.now
 
     def _prefill(self, a):
         v, p, n = self.v, a.prompt, a.keys
@@ -204,7 +199,7 @@ class ReferenceCache:
         """Keys with a copy in the tier, the first to leave first; never a page that is still being filled."""
         v, partial = self.v, self.a.keys - 1 if self.a.tokens % self.page_size else -1
         keys = [k for k in np.flatnonzero(v.copies[lane] & bit) if k != partial]
-        return sorted(keys, key=lambda k: (k < head or k >= tail, score[k], v.tie[lane][k]))
+        return sorted(keys, key=lambda k: (k < head or k >= tail, score[k], k))
 
     def _place(self, leaving):
         v = self.v
@@ -358,7 +353,7 @@ class _Watched(Cache):
 
     def _arrays(self) -> dict[str, np.ndarray]:
         t = self.table
-        names = (*COLUMNS, "free", "free_count", "arrivals")
+        names = (*COLUMNS, "free", "free_count")
         return {name: getattr(t, name) for name in names} | {"budget": self.budget}
 
     def _state(self) -> dict[str, tuple]:

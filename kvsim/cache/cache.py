@@ -87,7 +87,7 @@ class Cache:
         self.predicate = use if self.lossy or demand is None else demand
         self.selects = callable(getattr(policy, "select", None))
         self.by_selection = demand is None and not self.lossy
-        self.reads_resident = self.predicate.kind in ("share", "weight", "all")
+        self.reads_resident = not self.by_selection and self.predicate.kind in ("share", "weight", "all")
         self.evicts = callable(getattr(policy, "score", None)) and not (self.lossy and self.selects)
         self.auditing = audit
         self.budget = np.full(self.lanes, min(capacity.gpu, stride) if policy.bounded else stride, np.int64)
@@ -254,7 +254,7 @@ class Cache:
         t = self.table
         pinned = a.keys - 1 if a.tokens % self.page_size else -1  # a page that is still being filled
         out, counts = np.empty((self.lanes, int(excess.max())), np.int32), np.empty(self.lanes, np.int64)
-        bad = kernels.victims(score, t.key, t.tie, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
+        bad = kernels.victims(score, t.key, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
         if bad >= 0:
             lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
             raise self._broken(f"returned NaN at step {a.step}, lane {lane}", "score", "every resident page needs a number")

@@ -6,6 +6,7 @@ One predicate serves LRU, LFU, Belady, hit recall, recurrence loss and the deman
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ def parse_demand(text: str, use: Use) -> Use | None:
         return Use("all")
     if name == "theta":
         return use if value is None else _positive(Use("weight", value), text)
-    if name == "topk" and value is not None and value == int(value):
+    if name == "topk" and value is not None and value == value // 1:
         return _positive(Use("topk", value), text)
     if name == "select" and value is None:
         return None
@@ -67,17 +68,17 @@ def parse_demand(text: str, use: Use) -> Use | None:
 
 
 def _arguments(text: str) -> tuple[str, float | None]:
-    """ "topk(64)" -> ("topk", 64.0); one bare number, unlike a policy's keywords."""
+    """ "topk(64)" -> ("topk", 64.0); one bare number, unlike a policy's keywords. What is not a number is NaN."""
     head, bracket, rest = text.strip().partition("(")
     if not bracket:
         return parse_spec(head).name, None
     try:
         return head.strip(), float(rest.removesuffix(")"))
     except ValueError:
-        return head.strip(), None
+        return head.strip(), math.nan
 
 
 def _positive(use: Use, text: str) -> Use:
-    if not use.value > 0:
-        raise ConfigError(f'"{text}" is not above zero', hint="a page would be used by every row")
+    if not 0 < use.value < math.inf:
+        raise ConfigError(f'"{text}" does not hold a number above zero', hint="at zero, every row would use every page")
     return use

@@ -121,7 +121,7 @@ def find(row, peak, key, seen, copies, need, selected, and_resident, hit, attend
 
 
 @njit(**_JIT)
-def insert(key, copies, born, arrived, tie, last, uses, mass, weights, free, free_count, arrivals, new_key, now, slot_of):
+def insert(key, copies, born, arrived, last, uses, mass, weights, free, free_count, new_key, now, slot_of):
     """One page of key `new_key` into a free slot of every lane; `slot_of` says which."""
     for t in range(key.shape[0]):
         free_count[t] -= 1
@@ -130,8 +130,6 @@ def insert(key, copies, born, arrived, tie, last, uses, mass, weights, free, fre
         copies[t, s] = 1
         born[t, s] = now
         arrived[t, s] = now
-        tie[t, s] = arrivals[t]
-        arrivals[t] += 1
         last[t, s] = now
         uses[t, s] = 0
         mass[t, s] = 0.0
@@ -140,15 +138,13 @@ def insert(key, copies, born, arrived, tie, last, uses, mass, weights, free, fre
 
 
 @njit(**_JIT)
-def land(missing, key, copies, arrived, tie, arrivals, now):
-    """The pages a step waited for are on the GPU; among equals they are the newest arrivals, in the order of their keys."""
+def land(missing, copies, arrived, now):
+    """The pages a step waited for are on the GPU."""
     for t in range(missing.shape[0]):
-        slots = np.flatnonzero(missing[t])
-        for s in slots[np.argsort(key[t][slots])]:
-            copies[t, s] |= 1
-            arrived[t, s] = now
-            tie[t, s] = arrivals[t]
-            arrivals[t] += 1
+        for s in range(missing.shape[1]):
+            if missing[t, s]:
+                copies[t, s] |= 1
+                arrived[t, s] = now
 
 
 @njit(**_JIT)
@@ -194,11 +190,11 @@ def count_copies(copies, bit):
 
 
 @njit(**_JIT)
-def victims(score, key, tie, copies, bit, excess, head, tail, pinned, out, counts):
+def victims(score, key, copies, bit, excess, head, tail, pinned, out, counts):
     """Per lane, the `excess[t]` lowest pages among those with a copy in tier `bit`.
 
-    Order: pages that are not protected first, then by score, then earlier arrivals first (`tie`); so it does not
-    depend on slot order. Protected are keys below `head[t]` and at or above `tail[t]`: they leave last. `pinned`
+    Order: pages that are not protected first, then by score, then the older (lower) key; so it depends neither on
+    slots nor on what was fetched before, and caches of different size agree on it. Protected are keys below `head[t]` and at or above `tail[t]`: they leave last. `pinned`
     is a key that may not leave at all (-1: none). Returns the lane of the first NaN score, or -1.
     """
     slots = key.shape[1]
@@ -213,7 +209,7 @@ def victims(score, key, tie, copies, bit, excess, head, tail, pinned, out, count
             best = -1
             best_guard = False
             best_score = np.float32(0.0)
-            best_tie = 0
+            best_key = 0
             for s in range(slots):
                 k = key[t, s]
                 if k < 0 or not (copies[t, s] & bit) or k == pinned:
@@ -229,9 +225,9 @@ def victims(score, key, tie, copies, bit, excess, head, tail, pinned, out, count
                 elif x != best_score:
                     better = x < best_score
                 else:
-                    better = tie[t, s] < best_tie
+                    better = k < best_key
                 if better:
-                    best, best_guard, best_score, best_tie = s, guard, x, tie[t, s]
+                    best, best_guard, best_score, best_key = s, guard, x, k
             if best >= 0:
                 out[t, 0] = best
                 counts[t] = 1
@@ -245,7 +241,7 @@ def victims(score, key, tie, copies, bit, excess, head, tail, pinned, out, count
             if x != x:
                 return t
             guard = k < head[t] or k >= tail[t]
-            rank[n] = _rank(guard, x, tie[t, s])
+            rank[n] = _rank(guard, x, k)
             where[n] = s
             n += 1
         want = min(want, n)
@@ -262,11 +258,11 @@ def victims(score, key, tie, copies, bit, excess, head, tail, pinned, out, count
 
 
 @njit(inline="always")
-def _rank(guard, x, tie):
-    """A total order as one integer: guard, then the float32 in ascending order, then the arrival (under 2**31)."""
+def _rank(guard, x, key):
+    """A total order as one integer: guard, then the float32 in ascending order, then the key (under 2**31)."""
     bits = np.int64(np.float32(x + np.float32(0.0)).view(np.int32))  # adding 0.0 makes -0.0 and 0.0 one score
     ordered = bits + 2147483648 if bits >= 0 else -1 - bits
-    value = (np.uint64(ordered) << np.uint64(31)) | np.uint64(tie)
+    value = (np.uint64(ordered) << np.uint64(31)) | np.uint64(key)
     if guard:
         value |= np.uint64(1) << np.uint64(63)
     return value

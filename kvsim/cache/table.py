@@ -15,7 +15,7 @@ import numpy as np
 from kvsim.cache import kernels
 
 GPU, HOST, SSD = 1, 2, 4
-COLUMNS = ("key", "copies", "born", "arrived", "tie", "last", "uses", "mass", "weights")
+COLUMNS = ("key", "copies", "born", "arrived", "last", "uses", "mass", "weights")
 
 
 class Table:
@@ -28,7 +28,6 @@ class Table:
         self.copies = np.zeros(shape, np.uint8)  # one bit per tier
         self.born = np.zeros(shape, np.int32)  # step
         self.arrived = np.zeros(shape, np.int32)  # step, on the GPU
-        self.tie = np.zeros(shape, np.int32)  # order of arrival within the lane
         self.last = np.zeros(shape, np.int32)  # step of the last use
         self.uses = np.zeros(shape, np.int32)
         self.mass = np.zeros(shape, np.float32)  # sum of weights
@@ -37,23 +36,20 @@ class Table:
         # a stack of free slots per lane, lowest slot on top: a first filling is in key order
         self.free = np.tile(np.arange(slots - 1, -1, -1, dtype=np.int32), (lanes, 1))
         self.free_count = np.full(lanes, slots, np.int64)
-        self.arrivals = np.zeros(lanes, np.int32)
         self._slot_of = np.empty(lanes, np.int64)
 
     def fill(self, keys: int) -> None:
         """The first `keys` pages into slots 0 .. keys-1 of every lane, in an empty table."""
         self.key[:, :keys] = np.arange(keys, dtype=np.int32)
-        self.tie[:, :keys] = np.arange(keys, dtype=np.int32)
         self.copies[:, :keys] = GPU
         self.free_count -= keys
-        self.arrivals += keys
 
     def insert(self, key: int, now: int) -> None:
         """A new page in every lane; its private columns start at zero."""
         c = self
         kernels.insert(
-            c.key, c.copies, c.born, c.arrived, c.tie, c.last, c.uses, c.mass, c.weights, c.free, c.free_count,
-            c.arrivals, key, now, c._slot_of,
+            c.key, c.copies, c.born, c.arrived, c.last, c.uses, c.mass, c.weights, c.free, c.free_count,
+            key, now, c._slot_of,
         )  # fmt: skip
         lanes = np.arange(self.lanes)
         for column in self.private.values():
@@ -61,7 +57,7 @@ class Table:
 
     def land(self, missing: np.ndarray, now: int) -> None:
         """Pages of the mask [lanes, slots] have been fetched."""
-        kernels.land(missing, self.key, self.copies, self.arrived, self.tie, self.arrivals, now)
+        kernels.land(missing, self.copies, self.arrived, now)
 
     def release(self, victims: np.ndarray, counts: np.ndarray) -> None:
         """Free the first `counts[lane]` slots listed in `victims` [lanes, n]."""
@@ -84,7 +80,6 @@ class Table:
             getattr(new, name)[:, :n] = np.take_along_axis(getattr(self, name), order, 1)
         for name, column in self.private.items():
             new.private[name][:, :n] = np.take_along_axis(column, order, 1)
-        new.arrivals[:] = self.arrivals
         new.free_count[:] = np.count_nonzero(new.key < 0, axis=1)
         return new
 

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from kvsim.cache.table import Table
     from kvsim.trace.access import Prompt, Trace
 
-_PUBLIC = ("key", "born", "arrived", "tie", "last", "uses", "mass", "weights")
+_PUBLIC = ("key", "born", "arrived", "last", "uses", "mass", "weights")
 
 
 class View:
     """The table as a policy sees it: columns [layers, kv_heads, slots], read-only; private ones are writable.
 
-    `key` (-1: empty line), `born`, `arrived` (on the GPU), `last` (used) in steps, prefill being 0; `tie` (order of arrival), `uses`, `mass` (sum of weights), `weights` (this step),
+    `key` (-1: empty line), `born`, `arrived` (on the GPU), `last` (used) in steps, prefill being 0; `uses`, `mass` (sum of weights), `weights` (this step),
     `resident` (bool: on the GPU), private columns by `view["name"]`. Scalars: `now` (step), `keys` (pages that exist), `newest`
     (largest key), `page_size` (tokens). `budget`: int64 [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics
     at prefill, else None. `seed`, `rng`: the run's seed and a generator made from it.

@@ -48,10 +48,20 @@ def plot(grid: Table, x: str = "budget", y: str | None = None, hue: str = "polic
 
 
 def draw(
-    grid: Table, output: Path, *, kind: str = "line", x: str = "budget", y: str | None = None, hue: str = "policy", steps: str | None = None
+    grid: Table,
+    output: Path,
+    *,
+    kind: str = "line",
+    x: str = "budget",
+    y: str | None = None,
+    hue: str = "policy",
+    steps: str | None = None,
 ) -> Path:
-    """Draw into a .png, .svg or .pdf file. `kind`: "line" over many runs; "timeline" of decode steps `steps` ("100:140") or
-    "lanes" of one run. Raises ConfigError for what cannot be drawn, ResultError for what cannot be read or written."""
+    """Draw into a .png, .svg or .pdf file, the same bytes each time.
+
+    `kind`: "line" over many runs; of one run, "timeline" of its decode steps `steps` ("100:140") or "lanes". Raises
+    ConfigError for what cannot be drawn, ResultError for what is empty or cannot be written.
+    """
     from kvsim.figures import lanes, page, timeline
 
     if kind not in KINDS:
@@ -71,7 +81,8 @@ def draw_plan(grid: Table, plan: Plan, folder: Path) -> list[Path]:
     """Draw each [[plot]] table of a sweep file into its folder."""
     for table in plan.plots:
         if not isinstance(table, dict) or "file" not in table or not set(table) <= set(_PLOT_KEYS):
-            raise ConfigError(f"[[plot]] {table} is not a plot", where=plan.where, hint=f"its keys are {', '.join(_PLOT_KEYS)}; file is needed")
+            hint = f"it needs file, and may have {', '.join(_PLOT_KEYS[1:])}"
+            raise ConfigError(f"[[plot]] {table} is not a plot", where=plan.where, hint=hint)
     return [draw(grid, folder / t["file"], **{k: v for k, v in t.items() if k != "file"}) for t in plan.plots]
 
 

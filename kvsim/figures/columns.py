@@ -18,10 +18,10 @@ NAMES = {
     "recurrence_loss": "recurrence loss (uses of an evicted page, share of all uses)",
     "ceiling": "step ceiling (bound on recall, share)",
     "stall_share": "stall share (GPU waiting for pages, share of decode time)",
-    "tpot_p50_s": "time per output token, median",
-    "tpot_p90_s": "time per output token, 90th percentile",
-    "tpot_p99_s": "time per output token, 99th percentile",
-    "ttft_mean_s": "time to first token, mean",
+    "tpot_p50_s": "median time per output token",
+    "tpot_p90_s": "p90 time per output token",
+    "tpot_p99_s": "p99 time per output token",
+    "ttft_mean_s": "mean time to first token",
     "end_s": "time until the last token",
     "peak_bytes": "peak KV cache on the GPU, largest request",
     "budget_bytes": "budget, mean per request over all lanes",
@@ -35,20 +35,35 @@ NAMES = {
     "concurrency": "requests replayed together",
 }
 TITLES = {
-    "recall": "Attention recall", "mass_hit_rate": "Attention mass hit rate", "page_hit_rate": "Page hit rate",
-    "recurrence_loss": "Recurrence loss", "ceiling": "Step ceiling", "stall_share": "Stall share", "tpot_p50_s": "Median time per output token",
-    "tpot_p90_s": "p90 time per output token", "tpot_p99_s": "p99 time per output token", "ttft_mean_s": "Time to first token",
-    "peak_bytes": "Peak KV cache", "budget": "cache budget", "budget_bytes": "cache budget", "page_size": "page size",
-}  # fmt: skip
+    "recall": "attention recall",
+    "mass_hit_rate": "attention mass hit rate",
+    "ceiling": "step ceiling",
+    "tpot_p50_s": "median TPOT",
+    "tpot_p90_s": "p90 TPOT",
+    "tpot_p99_s": "p99 TPOT",
+    "ttft_mean_s": "mean TTFT",
+    "peak_bytes": "peak KV cache",
+    "budget": "cache budget",
+    "budget_bytes": "cache budget",
+    "page_size": "page size",
+}
 # What the full cache has by definition: it loses nothing.
 LOSSLESS = {"recall": 1.0, "mass_hit_rate": 1.0, "page_hit_rate": 1.0, "recurrence_loss": 0.0}
-_BASES = {"fraction": "budget (% of each request's final length)", "pages": "budget (pages per lane)", "bytes": "budget (over all lanes)"}
+_BASES = {
+    "fraction": "budget (% of each request's final length)",
+    "pages": "budget (pages per lane)",
+    "bytes": "budget (over all lanes)",
+}
 _LOG_FROM = 8.0  # largest over smallest value from which an axis of settings is logarithmic
 
 
 def title(column: str) -> str:
     """The column as the words of a title."""
-    return TITLES.get(column, column.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
+    return TITLES.get(column, _plain(column.removesuffix("_bytes")))
+
+
+def _plain(column: str) -> str:
+    return column.removeprefix("hardware.").removesuffix("_s").replace("_", " ").replace(".", " ")
 
 
 def check(column: str, known: Iterable[str], role: str) -> None:
@@ -76,24 +91,28 @@ def unit(column: str, values: Sequence[float]) -> tuple[float, str]:
     return 1.0, ""
 
 
-def label(column: str, unit_name: str) -> str:
-    """Axis label: the column in words, its unit, and for times that they are predicted."""
-    words = NAMES.get(column, column.removesuffix("_s").replace("_", " "))
+def label(column: str, unit_name: str, lines: int = 1) -> str:
+    """Axis label: the column in words, its unit, "predicted" for times; on two lines what it means comes second."""
+    words = NAMES.get(column, _plain(column))
     said = ", ".join(x for x in (unit_name, "predicted" if is_time(column) else "") if x)
-    return f"{words} ({said})" if said else words
+    text = f"{words} ({said})" if said else words
+    return text.replace(" (", "\n(", 1) if lines == 2 and len(text) > 40 and not said else text
 
 
 def number(row: Mapping[str, Any], column: str) -> float:
     """The row's value. Raises ConfigError when it is no number."""
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f'column "{column}" holds "{value}", which is not a number', hint="choose a measured column for y, such as recall")
+        raise ConfigError(
+            f'column "{column}" holds "{value}", which is not a number',
+            hint="choose a measured column for y, such as recall",
+        )
     return float(value)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the values of a column lie on the x axis. `order`: value as printed -> position; `ticks`: position -> text."""
+    """How the values of a column lie on the x axis. `place`: value -> position; `ticks`: position -> text."""
 
     label: str
     place: Callable[[Any], float]
@@ -109,15 +128,23 @@ def axis(column: str, values: Sequence[Any]) -> Axis:
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         factor, name = unit(column, values)
         positions = sorted({float(v) * factor for v in values})
-        return Axis(label(column, name), lambda v: float(v) * factor, _few(positions, lambda p: f"{p:.4g}"), _is_log(positions))
+        return Axis(
+            label(column, name), lambda v: float(v) * factor, _few(positions, lambda p: f"{p:.4g}"), _is_log(positions)
+        )
     for parse in (parse_bytes, parse_bandwidth, parse_seconds):
         try:
-            places = {str(v): parse(v) for v in values}
+            return _at(label(column, ""), {str(v): parse(v) for v in values})
         except ConfigError:
             continue
-        return Axis(label(column, ""), lambda v: places[str(v)], {p: t for t, p in places.items()}, _is_log(sorted(places.values())))
     names = {str(v): float(i) for i, v in enumerate(dict.fromkeys(map(str, values)))}
-    return Axis(label(column, ""), lambda v: names[str(v)], {p: "default" if t == "None" else t for t, p in names.items()}, words=True)
+    ticks = {p: "default" if name == "None" else name for name, p in names.items()}
+    return Axis(label(column, ""), lambda v: names[str(v)], ticks, words=True)
+
+
+def _at(label: str, places: Mapping[str, float]) -> Axis:
+    """An axis with a tick at every value, as it was written."""
+    ticks = {p: text for text, p in places.items()}
+    return Axis(label, lambda v: places[str(v)], ticks, _is_log(sorted(ticks)))
 
 
 def _budgets(values: list[str]) -> Axis:
@@ -125,13 +152,18 @@ def _budgets(values: list[str]) -> Axis:
     bases = sorted({basis for _, basis in parsed.values()})
     if len(bases) > 1:
         raise ConfigError(
-            f"budgets in {' and in '.join(bases)} do not share an axis", hint="draw them against budget_bytes: --x budget_bytes"
+            f"budgets in {' and in '.join(bases)} do not share an axis",
+            hint="draw them against budget_bytes: --x budget_bytes",
         )
     factor, text = {
-        "fraction": (100.0, lambda p: f"{p:g}%"), "pages": (1.0, lambda p: f"{p:,.0f}"), "bytes": (1.0, format_bytes),
-    }[bases[0]]  # fmt: skip
+        "fraction": (100.0, lambda p: f"{p:g}%"),
+        "pages": (1.0, lambda p: f"{p:,.0f}"),
+        "bytes": (1.0, format_bytes),
+    }[bases[0]]
     positions = sorted({v * factor for v, _ in parsed.values()})
-    return Axis(_BASES[bases[0]], lambda v: parsed[str(v)][0] * factor, {p: text(p) for p in positions}, _is_log(positions))
+    return Axis(
+        _BASES[bases[0]], lambda v: parsed[str(v)][0] * factor, {p: text(p) for p in positions}, _is_log(positions)
+    )
 
 
 def _few(positions: list[float], text: Callable[[float], str]) -> dict[float, str]:

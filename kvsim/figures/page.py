@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from kvsim.errors import ConfigError
@@ -16,15 +17,37 @@ if TYPE_CHECKING:
 INK, GREY, FAINT = "#1a1a1a", "#6b6b6b", "#d9d9d9"
 CAVEAT = "open loop: attention was recorded with a full cache, so recall is a proxy for quality"
 PREDICTED = "latencies are predicted by the machine model"
-FORMATS: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # no clock in a file
+# Kinds of file, and what keeps the clock out of each.
+FORMATS: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _DPI = 160
 _STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 8, "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5, "axes.edgecolor": GREY, "axes.labelcolor": INK, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK, "text.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
-    "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.6, "hatch.linewidth": 0.5, "svg.hashsalt": "kvsim", "figure.dpi": 100,
-    "savefig.dpi": _DPI, "figure.facecolor": "white", "axes.facecolor": "white",
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 8,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.5,
+    "svg.hashsalt": "kvsim",
+    "figure.dpi": 100,
+    "savefig.dpi": _DPI,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+}
 
 
 @contextmanager
@@ -47,15 +70,18 @@ def sheet(width: float, height: float) -> Figure:
 
 
 def head(figure: Figure, title: str, lines: Sequence[str], foot: str) -> None:
-    """Title, what was run, and below everything what the numbers may not be taken for."""
-    from textwrap import wrap
-
-    per_line = int(figure.get_figwidth() * 16.5)
-    below = "\n".join(part for line in lines for part in wrap(line, per_line, break_on_hyphens=False))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    top = figure.axes[0]
-    top.set_title(below, loc="left", color=GREY, fontsize=8, linespacing=1.35, pad=8)
-    figure.supxlabel("\n".join(wrap(foot, per_line + 10)), x=0.01, ha="left", fontsize=7, color=GREY)
+    """Title, what was run, and at the foot what the numbers may not be taken for; the axes get the room between."""
+    width, height = figure.get_size_inches()
+    per_line = int(width * 15.5)
+    below = [part for line in lines for part in wrap(line, per_line, break_on_hyphens=False)]
+    feet = wrap(foot, int(width * 17.5))
+    above, under = 0.38 + 0.155 * len(below), 0.1 + 0.135 * len(feet)
+    grey: dict[str, Any] = {"ha": "left", "color": GREY, "linespacing": 1.35}
+    figure.text(0.1 / width, 1 - 0.08 / height, title, ha="left", va="top", fontsize=11, fontweight="bold")
+    figure.text(0.1 / width, 1 - 0.33 / height, "\n".join(below), va="top", fontsize=8, **grey)
+    figure.text(0.1 / width, 0.07 / height, "\n".join(feet), va="bottom", fontsize=7, **grey)
+    room: Any = figure.get_layout_engine()
+    room.set(rect=(0, under / height, 1, 1 - (above + under) / height), w_pad=0.08)
 
 
 def facts(runs: Sequence[Result], hide: Sequence[str] = ()) -> list[str]:
@@ -81,7 +107,7 @@ def facts(runs: Sequence[Result], hide: Sequence[str] = ()) -> list[str]:
         setting("demand", "demand {}") if regime == "offload" else None,
         setting("policy", "policy {}"),
         setting("budget", "budget {}"),
-        setting("page_size", "page size {}"),
+        setting("page_size", "page size {} token" + "s" * (config[0]["page_size"] != 1)),
         setting("concurrency", "concurrency {}") if any(c["concurrency"] > 1 for c in config) else None,
     ]
     return [" · ".join(x for x in line if x) for line in (source, replay)]

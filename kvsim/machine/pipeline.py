@@ -27,7 +27,8 @@ class Machine:
 
     `overlap`: "layer" pipelines fetch and compute layer by layer; "step" fetches all pages of a step in one go
     while it computes; "none" fetches, then computes. `kv_multiplier`: how often the attention implementation
-    moves the KV bytes it reads.
+    moves the KV bytes it reads. `alone`: only one process iterates on it; steps that move nothing then take one event
+    instead of two per layer, and end at the same times.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class Machine:
         shape: ModelShape,
         overlap: str = "layer",
         kv_multiplier: float = 1.0,
+        alone: bool = False,
     ):
         if overlap not in OVERLAPS:
             raise ConfigError(f'unknown overlap "{overlap}"', hint=f"use one of {', '.join(OVERLAPS)}")
         self.env, self.hardware, self.shape = env, hardware, shape
-        self.overlap, self.kv_multiplier = overlap, kv_multiplier
+        self.overlap, self.kv_multiplier, self.alone = overlap, kv_multiplier, alone
         self.clock = clock = Clock(env)
         pageable = hardware.host.copies == "pageable"
         self.cpu, self.stream, self.gather = Line(clock), Server(clock, "gpu.stream"), Server(clock, "host.copy")
@@ -99,7 +101,9 @@ class _Step:
         hardware = machine.hardware
         self.staged = hardware.host.copies == "staged"
         self.seconds = machine.compute_seconds(work)
-        self.lumped = machine.overlap != "layer"
+        still = machine.alone and not any(getattr(work, move).any() for move in MOVES)
+        still = still and not any(link.busy for link in machine.links.values())
+        self.lumped = machine.overlap != "layer" or still
         self.layers = 1 if self.lumped else len(self.seconds)
         (self.host, self.host_n), (self.ssd, self.ssd_n), (self.out, self.out_n), (self.store, self.store_n) = (
             _moved(work, move, self.lumped) for move in MOVES

@@ -60,7 +60,9 @@ def capture(
     from kvsim.measure.describe import manifest, shown
     from kvsim.measure.run import Run, Settings
 
-    rows = None if prompt_rows == "all" else prompt_rows
+    if prompt_rows != "all" and not str(prompt_rows).isdigit():
+        raise CaptureError(f'prompt rows of "{prompt_rows}"', hint='write a number, or "all"')
+    rows = None if prompt_rows == "all" else int(prompt_rows)
     settings = Settings(mode, max_new_tokens, batch_size, heads, rows, vectors)
     named = isinstance(model, (str, os.PathLike))
     label = shown(name or (model if named else type(model).__name__))
@@ -80,8 +82,17 @@ def capture(
     try:
         with torch.no_grad():
             run = Run(model, prompts, settings, progress)
-            told = {"source": source and shown(source), "licence": licence, "seed": seed, "captured_at": captured_at}
-            run.write(Path(out), manifest(run, label, folder, tokenizer, **told), keep, lossless)
+            facts = manifest(
+                run,
+                label,
+                folder,
+                tokenizer,
+                source=source and shown(source),
+                licence=licence,
+                seed=seed,
+                captured_at=captured_at,
+            )
+            run.write(Path(out), facts, keep, lossless)
     finally:
         model.train(training)
     return Path(out)

@@ -38,7 +38,7 @@ def manifest(
 ) -> dict[str, Any]:
     """Everything about a run that its rows do not say. A date is only in it if the caller gave one."""
     s = run.settings
-    facts = {
+    facts: dict[str, Any] = {
         "name": name,
         "heads": "query" if s.heads == "query" else "kv",
         "reduction": {"mean": ["mean"], "max": ["mean", "max"], "query": []}[s.heads],

@@ -76,7 +76,8 @@ def _past(model: torch.nn.Module, args: tuple, kwargs: dict) -> int | None:
     cache = kwargs.get("past_key_values")
     if cache is None and args:
         cache = inspect.signature(model.forward).bind_partial(*args).arguments.get("past_key_values")
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+    length = getattr(cache, "get_seq_length", None)
+    return None if length is None else int(length())
 
 
 @contextlib.contextmanager
@@ -134,7 +135,9 @@ def _attend(
         window=kw.get("sliding_window"),
         compute=own,
     )
-    return (out.contiguous(), None) if own else base(module, query, key, value, attention_mask, *args, **kw)
+    if out is not None:
+        return out.contiguous(), None
+    return base(module, query, key, value, attention_mask, *args, **kw)
 
 
 class Tap(TorchFunctionMode):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def prompt(
     return Prompt(ids, length, spans=_spans(spans, length, where), **facts)
 
 
-def read_prompts(path: str | Path, tokenizer: Any = None) -> list[Prompt]:
+def read_prompts(path: str | os.PathLike, tokenizer: Any = None) -> list[Prompt]:
     """Prompts from a file: `.jsonl`, one object per line, or else text, one prompt per line.
 
     An object holds "prompt" (text; "completion" may follow) or "tokens" (ids, with "prompt_len" where a
@@ -67,7 +69,7 @@ def read_prompts(path: str | Path, tokenizer: Any = None) -> list[Prompt]:
     return [read(line, tokenizer, f"{Path(path).name}, line {i}") for i, line in lines]
 
 
-def read_spans(path: str | Path) -> tuple[Span, ...]:
+def read_spans(path: str | os.PathLike) -> tuple[Span, ...]:
     """Named stretches of the prompt: a JSON list of [start, end, name], in tokens, end excluded."""
     try:
         return _spans(json.loads(_text(path)), None, Path(path).name)
@@ -85,7 +87,9 @@ def with_spans(prompts: Iterable[Prompt], spans: Sequence[Span]) -> list[Prompt]
     return [p if p.spans else replace(p, spans=cut(p)) for p in prompts]
 
 
-def task_prompts(path: str | Path, count: int, *, seed: int = 0, settings: str | dict[str, Any] = "") -> list[Prompt]:
+def task_prompts(
+    path: str | os.PathLike, count: int, *, seed: int = 0, settings: str | dict[str, Any] = ""
+) -> list[Prompt]:
     """`count` samples of a task: a Python file with `sample(seed, index, **settings)`.
 
     A sample has `.tokens` and `.prompt_len`, and may have `.need`. Where the file also has
@@ -130,21 +134,21 @@ def _value(text: str) -> Any:
     return text
 
 
-def _module(path: str | Path) -> Any:
+def _module(path: str | os.PathLike) -> Any:
     if not Path(path).is_file():
         raise ConfigError("no such task file", where=str(path), hint="a task is a Python file with a function sample")
     name = f"kvsim_task_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their own module up by name
     try:
-        spec.loader.exec_module(module)
+        SourceFileLoader(name, str(path)).exec_module(module)
     except Exception as e:
         raise ConfigError(f"the task file cannot be loaded: {e}", where=Path(path).name) from e
     return module
 
 
-def _text(path: str | Path) -> str:
+def _text(path: str | os.PathLike) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class PromptLayer:
     `colsum`, `colsq`, `colmax`: float32 [batch, heads, keys], sum, sum of squares and largest of the stored
     (reduced) weight over all rows. `rows`, `peaks`: [batch, heads, last rows, keys]; `sinks`: [batch, heads, last
     rows]. `spans`: per batch row, float32 [spans, heads, keys], column sums over the rows of each span.
-    `visible`: first visible token per stored row. Arrays are NumPy once closed.
+    `visible`: first visible token per stored row.
     """
 
     def __init__(self, layer: int, call: Call, heads: str, keep: int | None, spans: Spans):
@@ -109,12 +109,12 @@ class PromptLayer:
         return torch.nn.functional.pad(rows.cpu(), (0, self._keys - rows.shape[-1]))
 
     def close(self) -> None:
-        """Everything becomes NumPy arrays."""
-        self.colsum, self.colsq, self.colmax = (numpy(x) for x in (self.colsum, self.colsq, self.colmax))
-        self.spans = [numpy(x) for x in self.spans]
-        self.rows = torch.cat(self._rows, 2).numpy()
-        self.peaks = torch.cat(self._peaks, 2).numpy() if self._peaks else None
-        self.sinks = torch.cat(self._sinks, 2).numpy() if self._sinks else None
+        """Leave the device: everything is on the CPU from here on."""
+        self.colsum, self.colsq, self.colmax = self.colsum.cpu(), self.colsq.cpu(), self.colmax.cpu()
+        self.spans = [x.cpu() for x in self.spans]
+        self.rows = torch.cat(self._rows, 2)
+        self.peaks = torch.cat(self._peaks, 2) if self._peaks else None
+        self.sinks = torch.cat(self._sinks, 2) if self._sinks else None
         self._rows, self._peaks, self._sinks = [], [], []
 
 
@@ -186,7 +186,7 @@ class Recorder:
         outputs = []
         for first, weights, sink in call.blocks(self.row_block):
             note.add(first, weights, sink)
-            if compute:
+            if compute and v is not None:
                 outputs.append(output(call, v, weights))
         if self.vectors and v is not None:
             new = slice(call.keys - call.rows, call.keys)
@@ -197,7 +197,7 @@ class Recorder:
             self.on_prompt(note)
         else:
             self._notes.append(note)
-        return torch.cat(outputs, 1) if compute else None
+        return torch.cat(outputs, 1) if outputs else None
 
     def _note(self, layer: int, call: Call) -> DecodeRow | PromptLayer:
         self.features[layer] = {
@@ -217,14 +217,10 @@ class Recorder:
             )
         return DecodeRow(layer, call, self.heads)
 
-    def take(self) -> list[DecodeRow] | list[PromptLayer]:
-        """What was recorded since the last call, in layer order; the recorder forgets it."""
+    def take(self) -> list[Any]:
+        """The DecodeRows and PromptLayers recorded since the last call, in layer order; they are forgotten here."""
         notes, self._notes = self._notes, []
         return sorted(notes, key=lambda n: n.layer)
-
-
-def numpy(x: Tensor) -> np.ndarray:
-    return x.cpu().numpy()
 
 
 def _reduced(weights: Tensor, heads: str) -> Tensor:

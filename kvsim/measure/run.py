@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,11 @@ class Run:
             vectors=s.vectors,
         ) as writer:
             for i, batch in enumerate(batches):
-                done = sum(steps[:i])
-                self._batch(writer, batch, lambda n, what, done=done: self.progress(done + n, sum(steps), what))
+                self._batch(writer, batch, partial(self._tell, sum(steps[:i]), sum(steps)))
         self.progress(sum(steps), sum(steps), "done")
+
+    def _tell(self, before: int, total: int, steps: int, what: str) -> None:
+        self.progress(before + steps, total, what)
 
     def _batch(self, writer: TraceWriter, requests: range, tell: Callable[[int, str], None]) -> None:
         """Capture the requests of one batch, time them without capture, and close them."""
@@ -195,14 +198,14 @@ def _close(
     """
     chosen = np.array(choice.chosen[b], np.int32)
     steps = len(chosen) - 1
-    columns = {
+    columns: dict[str, Any] = {
         "token": chosen[1:],
         "logprob": np.array(choice.logprob[b][1:], np.float32),
         "entropy": np.array(choice.entropy[b][1:], np.float32),
         **{name: np.array(micros[:steps], np.float32) for name, micros in times.items()},
     }
     if p.need is not None:
-        columns["need"] = _needs(p, chosen)
+        columns["need"] = _needs(p, p.need, chosen)
     writer.steps(request, columns)
     facts = {"stop": choice.stop(b), **facts}
     if p.check is not None:
@@ -211,12 +214,12 @@ def _close(
     writer.finish_request(request, tokens=tokens, prompt_len=p.prompt_len, n_steps=steps, **facts)
 
 
-def _needs(p: Prompt, chosen: np.ndarray) -> list[list[int]]:
+def _needs(p: Prompt, need: Sequence[Sequence[int]], chosen: np.ndarray) -> list[list[int]]:
     """Per decode step what its next token follows from; nothing once the run has left the known continuation."""
     known = p.tokens[p.prompt_len :][: len(chosen)]
     same = np.logical_and.accumulate(known == chosen[: len(known)])
     on_path = int(same.sum())
-    return [list(map(int, p.need[p.prompt_len + t])) if t < on_path else [] for t in range(1, len(chosen))]
+    return [list(map(int, need[p.prompt_len + t])) if t < on_path else [] for t in range(1, len(chosen))]
 
 
 @contextlib.contextmanager

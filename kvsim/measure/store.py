@@ -43,10 +43,10 @@ class Store:
         """One layer of the prompt: statistics, last rows, spans, vectors."""
         layer = self.layers[note.layer]
         for b, pad in enumerate(self.pads):
-            stats = (s[b, :, pad:] for s in (note.colsum, note.colsq, note.colmax))
+            stats = (s[b, :, pad:].numpy() for s in (note.colsum, note.colsq, note.colmax))
             self.writer.prompt(self.first + b, layer, *stats)
             if note.spans and len(note.spans[b]):
-                self._spans[b].append((layer, note.spans[b][:, :, pad:]))
+                self._spans[b].append((layer, note.spans[b][:, :, pad:].numpy()))
             self._prompt_rows(b, pad, layer, note)
         if note.vectors:
             self._vectors(0, layer, range(len(self.pads)), [x.cpu().numpy() for x in _parts(note.vectors)])
@@ -56,8 +56,9 @@ class Store:
         for back in range(1, min(kept, columns - pad) + 1):
             at = kept - back
             low, high = max(note.visible[at], pad), columns - back + 1
-            row, peak = (None if x is None else x[b, :, at, low:high] for x in (note.rows, note.peaks))
-            sink = None if note.sinks is None else note.sinks[b, :, at]
+            row = note.rows[b, :, at, low:high].numpy()
+            peak = None if note.peaks is None else note.peaks[b, :, at, low:high].numpy()
+            sink = None if note.sinks is None else note.sinks[b, :, at].numpy()
             self.writer.row(self.first + b, -back, layer, low - pad, row, peak, sink)
 
     def step(self, step: int, alive: list[int], rows: list[DecodeRow]) -> None:

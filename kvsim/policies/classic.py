@@ -20,7 +20,7 @@ class Full:
     recent = 0
 
     def score(self, view):
-        return view.tie
+        return view.key
 
 
 @policy("random")
@@ -66,7 +66,10 @@ class Lru:
 
 @policy("lfu")
 class Lfu:
-    """Least frequently used since it arrived; the count is lost on eviction (not perfect LFU). Prompt rows count."""
+    """Least frequently used since it arrived; the count is lost on eviction (not perfect LFU). Prompt rows count.
+
+    Among equal counts the earlier arrival leaves: the score is the count and a fraction for the arrival.
+    """
 
     family = "classic"
     columns = {"count": np.int32}
@@ -79,7 +82,7 @@ class Lfu:
             count[:] = np.where(view.arrived == view.now, 0, count) + (view.last == view.now)
 
     def score(self, view):
-        return view["count"]
+        return view["count"] + view.arrived / (view.now + 1)
 
 
 @policy("streaming-llm")

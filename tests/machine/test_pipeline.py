@@ -242,6 +242,19 @@ def test_conservation_with_every_slowdown(compute, host, out, known):
     assert undisturbed * (1 - 1e-9) <= sum(r.compute_s for r in records) <= undisturbed * 1.1 * (1 + 1e-9)
 
 
+@given(st.lists(st.tuples(few, st.sampled_from([0.0, 0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_alone_takes_fewer_events_and_the_same_time(drawn):
+    """Steps that move nothing are lumped when nobody else can come between; every layer ends when it did."""
+    hw = hardware(cpu__layer_submit=1e-3, gpu__copy_slowdown=0.1, gpu__step_sync=2e-3)
+    works = [busy_work(compute, compute[::-1] * fetch, 0 * compute, compute * out, "layer") for compute, fetch, out in drawn]
+    (one, busy), (other, lean) = (steps(hw, works, alone=alone) for alone in (False, True))
+    for a, b in zip(one, other, strict=True):
+        assert np.allclose(a.layer_end_s, b.layer_end_s, rtol=1e-9) and a.end_s == pytest.approx(b.end_s)
+        assert a.compute_s == pytest.approx(b.compute_s) and a.submit_s == pytest.approx(b.submit_s, abs=1e-12)
+    assert lean.events <= busy.events
+
+
 def test_infinite_bandwidth_is_compute_only():
     ways = {f"link__{way}__bandwidth": "inf B/s" for way in ("h2d", "d2h")}
     drive = {"ssd__read_bandwidth": "inf B/s", "ssd__write_bandwidth": "inf B/s"}

@@ -111,7 +111,7 @@ def test_a_request_is_dropped_from_its_stop_token_on(tmp_path, llama):
 
 def test_a_padded_batch_equals_single_runs(tmp_path, llama):
     asked = prompts()
-    how = dict(mode="forced", lossless=True, heads="max")
+    how = {"mode": "forced", "lossless": True, "heads": "max"}
     single = open_trace(capture(llama, asked, tmp_path / "one.kvtrace", batch_size=1, **how))
     batched = open_trace(capture(llama, asked, tmp_path / "all.kvtrace", batch_size=3, **how))
     for a, b in zip(single.sources, batched.sources, strict=True):
@@ -299,14 +299,16 @@ def test_an_interrupted_capture_leaves_nothing(tmp_path, llama):
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        (dict(mode="sampled"), "unknown mode"),
-        (dict(batch_size=0), "counted from 1"),
-        (dict(heads="sum"), "unknown reduction"),
-        (dict(dtype="int8"), "unknown number type"),
-        (dict(mode="forced", prompts=[prompt([3, 4])]), "no tokens to follow"),
-        (dict(prompts=[prompt([3, 128])], max_new_tokens=5), "outside of the model's 128"),
-        (dict(max_new_tokens=257), "the model has 256 positions"),
-        (dict(prompts=[]), "no prompts"),
+        ({"mode": "sampled"}, "unknown mode"),
+        ({"batch_size": 0}, "counted from 1"),
+        ({"heads": "sum"}, "unknown reduction"),
+        ({"dtype": "int8"}, "unknown number type"),
+        ({"mode": "forced", "prompts": [prompt([3, 4])]}, "no tokens to follow"),
+        ({"prompts": [prompt([3, 128])], "max_new_tokens": 5}, "outside of the model's 128"),
+        ({"max_new_tokens": 257}, "the model has 256 positions"),
+        ({"prompts": []}, "no prompts"),
+        ({"prompt_rows": "most"}, 'prompt rows of "most"'),
+        ({"prompt_rows": 0}, "counted from 1"),
     ],
 )
 def test_wrong_requests_are_refused(tmp_path, llama, how, match):

@@ -99,14 +99,18 @@ def test_span_sums_add_up_rows_of_the_span_only():
     assert prompt[1].spans[2].shape[0] == 0
 
 
-def test_a_static_cache_is_cut_to_what_is_filled():
-    model = tiny("llama")
-    ids, mask, forced = batch(False)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_a_static_cache_is_cut_to_what_is_filled(name):
+    model = tiny(name)
+    ids, mask, forced = batch(False, prompt=7)
     _, attention = forced_run(model, ids, mask, forced, attentions=True)
     cache = transformers.StaticCache(config=model.config, max_cache_len=64)
     _, prompt, steps = record(model, ids, mask, forced, cache=cache)
     close(grouped(attention[0][0], 2).mean(2).sum(2), prompt[0].colsum)
-    close(grouped(attention[5][1], 2)[:, :, :, 0].mean(2), steps[4][1].mean)
+    for step, notes in enumerate(steps, 1):  # with the window, keys are dropped from step 4 on
+        eager = grouped(attention[step][1], 2)[:, :, :, 0].mean(2)
+        assert notes[1].kv_lo == 7 + step - eager.shape[-1]
+        close(eager, notes[1].mean)
 
 
 def test_prompt_rows_know_where_a_sliding_layer_begins_to_see():
@@ -185,6 +189,16 @@ def test_observe_feeds_the_recorder_by_hand():
     close(prompt.rows.sum(-1), torch.ones(1, 2, 5))
     assert prompt.rows[0, 0, 0, 0] == 1 and (step.mean[..., 2] == 0).all() and step.mean.shape == (1, 2, 6)
     assert recorder.take() == []
+
+
+def test_masks_may_differ_between_query_heads():
+    q, k, hidden = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.rand(2, 4, 3, 3) < 0.3
+    hidden |= torch.ones(3, 3).triu(1).bool()
+    wanted = torch.softmax((q @ k.repeat_interleave(2, 1).mT / 8**0.5).masked_fill(hidden, float("-inf")), -1)
+    for mask in (~hidden, torch.zeros(2, 4, 3, 3).masked_fill(hidden, float("-inf"))):
+        recorder = Recorder(heads="query", row_block=2)
+        recorder.observe(0, q, k, mask)
+        close(wanted.nan_to_num(0.0), recorder.take()[0].rows)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""How long one step of the cache takes: 16 layers x 8 KV heads, 1,024 of 4,096 visible pages resident.
+
+    python benchmarks/replay.py [--steps 40] [--repeats 5]
+
+Rows are decoded beforehand and held in memory; the time is `Cache.access` alone, the policy included. Beside it stands
+one pass over the memory that a step cannot avoid (the row's sums, then key, weight and score columns of every resident page),
+timed in turns with the steps, so that the ratio says what is left to gain on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+from numba import njit
+
+from kvsim import registry
+from kvsim.cache.cache import Cache, Capacity
+from kvsim.trace.access import Access, Prompt
+
+LAYERS, HEADS, VISIBLE, BUDGET = 16, 8, 4096, 1024
+POLICIES = ("h2o", "lru", "streaming-llm", "lfu", "tova", "lazy-eviction", "random")
+
+
+def accesses(steps: int, seed: int = 0):
+    """Prefill of 4,096 - `steps` tokens, then steps whose rows are taken in turn from a few buffers."""
+    rng = np.random.default_rng(seed)
+    prompt = VISIBLE - steps
+    rows = rng.exponential(size=(4, LAYERS, HEADS, VISIBLE)).astype(np.float32) ** 6
+    rows /= rows.sum(-1, keepdims=True)
+    first, last = np.zeros(LAYERS, np.int32), rows[0][..., :prompt]
+    seen = np.full((1, LAYERS), prompt, np.int32)
+    stats = Prompt(last, None, None, last[None], last[None], seen)
+    yield Access(0, rows[0], rows[0], prompt, prompt, prompt, first, seen[0], stats)
+    for step in range(1, steps + 1):
+        n = prompt + step
+        yield Access(step, rows[step % 4], rows[step % 4], n, n, 1, first, first + n)
+
+
+@njit(cache=True, fastmath=True)
+def memory_pass(row, keys, key, weights, column, out):
+    """Reads the row and three columns, writes two of them, once."""
+    for t in range(key.shape[0]):
+        total = np.float32(0.0)
+        for k in range(keys):
+            total += row[t, k]
+        out[t] = total
+        for s in range(key.shape[1]):
+            weights[t, s] = np.float32(key[t, s])
+            column[t, s] += np.float32(1.0)
+
+
+def measure(spec: str, steps: int) -> tuple[list[float], list[float]]:
+    """Nanoseconds per resident slot of every step, and of a memory pass after every step."""
+    policy = registry.build(spec)
+    cache = Cache((LAYERS, HEADS), VISIBLE, policy, Capacity(BUDGET))
+    slots, step_ns, pass_ns, out = LAYERS * HEADS * BUDGET, [], [], np.empty(LAYERS * HEADS, np.float32)
+    for a in accesses(steps):
+        begin = time.perf_counter_ns()
+        cache.access(a)
+        middle = time.perf_counter_ns()
+        t = cache.table
+        scratch = t.weights.copy(), t.mass.copy()
+        flat = a.row.reshape(LAYERS * HEADS, -1)
+        again = time.perf_counter_ns()
+        memory_pass(flat, a.keys, t.key.reshape(t.lanes, -1), *scratch, out)
+        end = time.perf_counter_ns()
+        if a.step > 3:  # compiled, cut and warm
+            step_ns.append((middle - begin) / slots)
+            pass_ns.append((end - again) / slots)
+    return step_ns, pass_ns
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--policies", nargs="*", default=POLICIES)
+    chosen = options.parse_args()
+    print(f"{'policy':16} {'min':>7} {'median':>7} {'p90':>7} {'pass':>7}   ns per resident slot and step; times a memory pass")
+    for spec in chosen.policies:
+        runs = [measure(spec, chosen.steps) for _ in range(chosen.repeats)]
+        step, one = np.concatenate([r[0] for r in runs]), np.concatenate([r[1] for r in runs])
+        low, middle, high = step.min(), np.median(step), np.percentile(step, 90)
+        print(f"{spec:16} {low:7.2f} {middle:7.2f} {high:7.2f} {np.median(one):7.2f}   x{middle / np.median(one):.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The table, the view and one step of the cache: what a policy sees, what is refused and in which words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.demand import Use, parse_demand, parse_use
+from kvsim.cache.table import Table
+from kvsim.cache.view import keep, share_of, window
+from kvsim.errors import ConfigError, PolicyError
+from kvsim.testing import moved, tiny_trace
+from tests.helpers import THETA, policy_for, replay
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_reused_and_private_columns_start_at_zero():
+    t = Table(2, 3, {"heat": np.float32})
+    t.fill(2)
+    t.private["heat"][:] = 5
+    t.release(np.zeros((2, 1), np.int32), np.array([1, 0]))  # key 0 of lane 0
+    t.insert(2, now=4)
+    t.audit()
+    assert t.key.tolist() == [[2, 1, -1], [0, 1, 2]]
+    assert t.private["heat"].tolist() == [[0, 5, 5], [5, 5, 0]]
+    assert t.born.tolist() == [[4, 0, 0], [0, 0, 4]]
+    assert t.resident().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("slots", [3, 9])
+def test_resizing_keeps_every_page_and_its_columns(slots):
+    t = Table(1, 6, {"heat": np.int16})
+    t.fill(5)
+    t.private["heat"][0, :5] = 10 * np.arange(5)
+    t.release_where(np.isin(t.key, (0, 3)))
+    t = moved(t, np.random.default_rng(1)).resized(slots)
+    t.audit()
+    assert t.key[0, :3].tolist() == [1, 2, 4]
+    assert t.private["heat"][0, :3].tolist() == [10, 20, 40] and t.private["heat"].dtype == np.int16
+    assert t.free_count.tolist() == [slots - 3]
+
+
+def test_table_is_as_wide_as_the_budget_once_the_prompt_is_cut():
+    run = replay("lru", 3, tiny_trace(prompt=40, steps=4))
+    assert run.cache.table.slots == 5  # budget, a newcomer, and one more
+
+
+# -- the view ----------------------------------------------------------------------------------------------------
+
+
+def view_after(spec="lru", budget=4, **kw):
+    return replay(spec, budget, tiny_trace(prompt=6, steps=3), **kw).cache.view
+
+
+def test_view_is_read_only():
+    view = view_after("lfu")
+    for name in ("key", "born", "arrived", "last", "uses", "mass", "weights", "budget"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(view, name)[:] = 0
+    view["count"][:] = 3  # private
+    assert view.newest == 8 and view.now == 3 and view.budget.shape == (2, 2, 1)
+    assert view.resident.sum(-1).tolist() == [[4, 4], [4, 4]]
+
+
+def test_prompt_statistics_are_shown_at_prefill_only_and_cannot_be_changed():
+    seen = {}
+    policy = policy_for("lru", granularity="layer")
+    policy.observe = lambda view: seen.setdefault(view.now, view.prompt)
+    replay(policy, 4, tiny_trace(prompt=6, steps=2))
+    assert seen[1] is None and seen[0].colsum.shape == (2, 1, 6) and seen[0].rows.shape == (6, 2, 1, 6)
+    for array in (seen[0].colsum, seen[0].rows, seen[0].peaks):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+
+
+def test_keep_guards_sinks_and_the_newest():
+    view = view_after("full")
+    assert keep(view, view.mass * 0, sink=2, recent=1)[0, 0, :9].tolist() == [np.inf] * 2 + [0] * 6 + [np.inf]
+
+
+@pytest.mark.parametrize("rows", ["visible", "full"])
+@pytest.mark.parametrize("granularity", ["head", "layer", "token"])
+def test_weights_are_renormalised_over_what_is_visible(rows, granularity):
+    policy, sums = policy_for("fifo", rows=rows, granularity=granularity), []
+    policy.observe = lambda view: sums.append(np.where(view.key >= 0, view.weights, 0).sum(-1).ravel())
+    run = replay(policy, 4, tiny_trace(prompt=6, steps=9))
+    for total, out in zip(sums[1:], run.out[1:], strict=True):
+        found = out.hit.reshape(len(total), -1)
+        assert total == pytest.approx((found > 0).mean(1) if rows == "visible" else found.mean(1), abs=1e-6)
+
+
+# -- words for what is wrong -------------------------------------------------------------------------------------
+
+
+def broken(**methods):
+    policy = policy_for("lru")
+    for name, function in methods.items():
+        setattr(policy, name, function)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ({"score": lambda v: v.key.sum(-1)}, r"scores of shape \(2, 2\), expected one broadcastable to \(2, 2, \d+\)"),
+        ({"score": lambda v: None}, "scores of type object"),
+        ({"score": lambda v: np.array(["a"])}, "scores of type <U1"),
+        ({"score": lambda v: np.where(v.key == 2, np.nan, 0)}, r"NaN at step 0, lane \(0, 0\)"),
+        ({"score": lambda v: 1 / 0}, "failed in score at step 0"),
+        ({"observe": lambda v: v.mass.fill(0)}, "failed in observe at step 0"),
+        ({"split": lambda v: np.ones(7)}, r"budgets of shape \(7,\)"),
+        ({"select": lambda v: np.ones((5, 5, 5), bool)}, r"a read set of shape \(5, 5, 5\)"),
+    ],
+)
+def test_a_broken_policy_is_named(methods, words):
+    with pytest.raises(PolicyError, match=words) as caught:
+        replay(broken(**methods), 4, tiny_trace())
+    assert 'policy "lru"' in str(caught.value) and "Lru." in caught.value.where
+
+
+@pytest.mark.parametrize(("tier", "words"), [(0, "tier that does not exist"), (3, "tier that does not exist"), ([1, 2, 3], "tiers of shape")])
+def test_a_broken_offload_policy_is_named(tier, words):
+    from kvsim import registry
+
+    offload = registry.build("spill", "offload")
+    offload.place = lambda view, victims: np.array(tier)
+    trace = tiny_trace()
+    cache = Cache(trace.lanes, 36, policy_for("lru"), Capacity(4), offload=offload, use=THETA, demand=THETA)
+    with pytest.raises(PolicyError, match=words) as caught:
+        for a in trace.requests()[0].accesses():
+            cache.access(a)
+    assert 'policy "spill"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "words"),
+    [
+        ("lru", 0, "budget of 0 pages is below the 1 that lru protects"),
+        ("tova", 0, "budget of 0 pages"),  # it protects nothing, but nothing cannot be kept
+        ("streaming-llm(sink=4)", 4, "below the 5 that streaming-llm protects"),
+        ("lazy-eviction(window=9)", 8, "below the 9"),
+        ("lru(protect_head=0.5, protect_tail=0.6)", 10, "below the 11"),
+        ("lru(protect_head=2)", 10, "cannot protect a share of 2"),
+        ("lru(protect_tail='x')", 10, "cannot protect a share of 'x'"),
+        ("lru(sink=-1)", 10, "cannot protect -1"),
+        ("lru(recent='50')", 10, "cannot protect '50'"),
+        ("lru(recent='many%')", 10, "cannot protect 'many%'"),
+        ("lru(recent='150%')", 10, "cannot protect a share of 1.5"),
+    ],
+)
+def test_budgets_that_make_no_sense(policy, budget, words):
+    with pytest.raises(ConfigError, match=words):
+        replay(policy, budget, tiny_trace())
+
+
+def test_a_full_cache_needs_no_budget_and_a_large_one_protects_what_it_likes():
+    assert replay("full(sink=9)", 1, tiny_trace()).out[-1].resident.tolist() == [36] * 4
+    assert replay("streaming-llm(sink=50)", 36, tiny_trace()).out[-1].resident.tolist() == [36] * 4
+
+
+def test_shares_are_whole_pages():
+    """29 % of 100 is 29 although 0.29 * 100 is a little less in binary."""
+    budget = np.array([100, 7])
+    assert share_of(0.29, budget).tolist() == window("29%", budget, 1).tolist() == [29, 2]
+    assert window(17, budget, 16).tolist() == [2, 2]
+
+
+# -- use and demand ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "use"), [(1.0, Use()), ("0.5", Use("share", 0.5)), ("share(2)", Use("share", 2.0)), ("weight(1e-4)", Use("weight", 1e-4))]
+)
+def test_parse_use(text, use):
+    assert parse_use(text) == use
+
+
+@pytest.mark.parametrize(
+    ("text", "use"),
+    [
+        ("dense", Use("all")),
+        ("theta", THETA),
+        ("theta(0.01)", Use("weight", 0.01)),
+        ("topk(64)", Use("topk", 64.0)),
+        ("select", None),
+    ],
+)
+def test_parse_demand(text, use):
+    assert parse_demand(text, THETA) == use
+
+
+@pytest.mark.parametrize("text", ["topk", "topk(1.5)", "dense(3)", "theta(x)", "everything", "", "theta(0)", "topk(-1)", "theta(nan)", "topk(inf)"])
+def test_demands_that_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_demand(text, THETA)
+
+
+@pytest.mark.parametrize("text", ["", "weight", "weight(0)", -1, "share(x)", "often", "nan"])
+def test_uses_that_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_use(text)
+
+
+def test_limits():
+    peak, visible = np.array([[0.5, 0.3, 0.2, 0.0]], np.float32), np.array([4])
+    for use, limit in ((Use("share", 2), 0.5), (Use("weight", 0.1), 0.1), (Use("topk", 2), 0.3), (Use("topk", 9), -np.inf)):
+        assert use.limits(peak, 3, visible).tolist() == pytest.approx([limit])
+
+
+@pytest.mark.parametrize("demand", [Use("topk", 2), Use("weight", 0.2), Use("all")])
+def test_need_of_a_page_is_its_largest_token(demand):
+    """A page of many small weights is not needed where one large weight is."""
+    trace = tiny_trace(layers=1, heads=1, prompt=8, steps=1).paged(4)
+    trace.sources[0]._decode[0, 0, 0] = [0.15, 0.15, 0.15, 0.15, 0.4, 0, 0, 0, 0]
+    out = replay("lru", 9, trace, offload="spill", demand=demand).out[1]
+    assert int(out.used[0]) == {"topk": 2, "weight": 1, "all": 3}[demand.kind]
+
+
+def test_demand_select_needs_a_read_set():
+    with pytest.raises(ConfigError, match="has none"):
+        replay("lru", 4, tiny_trace(), offload="spill", demand=None)
+
+
+def test_a_request_that_writes_nothing():
+    """Only a prompt: every policy, oracles too."""
+    for spec in ("lru", "belady", "mass-oracle"):
+        assert replay(spec, 4, tiny_trace(prompt=6, steps=0)).out[0].resident.tolist() == [4] * 4

@@ -1,0 +1,148 @@
+"""`check_policy` over everything registered, and over policies that break one clause each."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from kvsim import registry
+from kvsim.testing import check_policy
+from tests.helpers import replay
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "my_policy.py"
+
+
+@pytest.mark.parametrize("spec", registry.names("policy"))
+def test_every_policy_keeps_the_contract(spec):
+    assert check_policy(spec) == []
+
+
+@pytest.mark.parametrize("spec", registry.names("offload"))
+def test_every_offload_policy_keeps_the_contract(spec):
+    assert check_policy(spec) == []
+
+
+def test_the_example():
+    assert check_policy(f"{EXAMPLE}(half_life=16)") == []
+    assert len([n for n in EXAMPLE.read_text().split('"""\n', 1)[1].splitlines() if n.strip()]) <= 15
+    run = replay(f"{EXAMPLE}:HalfLife(half_life=1.0, sink=0)", 3)  # halved at each step, by hand
+    assert run.kept() == [[0, 1, 2], [0, 2, 3], [0, 2, 4], [0, 2, 5]]
+    assert run.score[-1][0][[0, 2, 5]] == pytest.approx([0.4835, 0.4838, 0.5], abs=1e-4)
+
+
+def lru(**body) -> str:
+    """A policy file: LRU, with some of its parts replaced."""
+    parts = {"doc": "'''Mine.'''", "fields": "", "observe": "pass", "score": "return view.last"} | body
+    text = """
+    import numpy as np
+    from kvsim.registry import policy
+
+    @policy("broken")
+    class Broken:
+        {doc}
+        {fields}
+
+        def observe(self, view):
+            {observe}
+
+        def score(self, view):
+            {score}
+    """
+    return textwrap.dedent(text).format(**parts)
+
+
+SIDE_DOOR = "view._table.last[:] = 0; return view.key"
+UNLOCK = "a = view.mass; a.flags.writeable = True; a[:] = 0"
+OWN_STATE = "self.heat = getattr(self, 'heat', np.zeros(view.key.shape)) * 0.5 + view.weights"
+BY_SLOT = "self.heat = getattr(self, 'heat', np.zeros((2, 2, 999))); self.heat[..., :view.key.shape[2]] += view.weights"
+CLAUSES = {
+    "fine": (lru(), None),
+    "shape": (lru(score="return view.last.sum(-1)"), "returned scores of shape (2, 2)"),
+    "dtype": (lru(score="return view.last.astype(object)"), "returned scores of type object"),
+    "nothing": (lru(score="pass"), "is a return missing?"),
+    "nan": (lru(score="return np.where(view.key == 3, np.nan, view.last)"), "score returned NaN for a resident page"),
+    "nan off the gpu is allowed": (lru(score="return np.where(view.resident, view.last, np.nan)"), None),
+    "raises": (lru(score="return view.nothing"), "failed in score"),
+    "writes": (lru(observe="view.mass[:] = 0"), "read-only"),
+    "writes the budget": (lru(observe="view.budget[:] = 0"), "read-only"),
+    "unlocks": (lru(observe=UNLOCK), "observe changed mass"),
+    "side door": (lru(score=SIDE_DOOR), "score changed last"),
+    "the clock": (lru(observe="view.now = 3"), "observe changed the view"),
+    "another table": (lru(observe="import copy; view._table = copy.copy(view._table)"), "observe changed the view"),
+    "random": (lru(score="return np.random.random(view.key.shape)"), "two runs with the same seed differ"),
+    "slots": (lru(score="return np.arange(view.key.shape[-1])"), "pages moved to other slots"),
+    "state of another size": (lru(observe=OWN_STATE, score="return self.heat"), "a table that grew"),
+    "state by slot": (lru(observe=BY_SLOT, score="return self.heat[..., :view.key.shape[2]]"), "pages moved to other slots"),
+    "generator": (lru(score="return view.rng.random(view.key.shape)"), "pages moved to other slots"),
+    "private column": (
+        lru(fields="columns = {'heat': np.float32}", observe="view['heat'][:] = view['heat'] / 2 + view.weights", score="return view['heat']"),
+        None,
+    ),
+    "no default": (lru(fields="size: int"), 'parameter "size" of policy "broken" has no default'),
+    "no docstring": (lru(doc=""), "no docstring"),
+    "granularity": (lru(fields="granularity = 'lane'"), "granularity is 'lane'"),
+    "rows": (lru(fields="rows = 'some'"), "rows is 'some'"),
+    "batch": (lru(fields="batch = 0"), "batch is 0"),
+    "lag": (lru(fields="lag = 1.5"), "lag is 1.5"),
+    "column": (lru(fields="columns = {'x': 'many'}"), "not of a NumPy type"),
+    "both regimes": (lru(score="return 1 / (view.now if view.resident.sum() == (view.key >= 0).sum() else 0)"), "failed in score"),
+    "select": (lru(fields="def select(self, view): return view.key % 2 == 0"), None),
+    "select nothing": (lru(fields="def select(self, view): return view.key > 99"), "select chose no page in some lane"),
+    "select weights": (lru(fields="def select(self, view): return view.weights + 1"), "select returned float32, expected a bool mask"),
+    "select shape": (lru(fields="def select(self, view): return np.ones(7, bool)"), "a read set of shape (7,)"),
+    "split": (lru(fields="def split(self, view): return np.full((2, 2, 1), 5)"), None),
+    "split shape": (lru(fields="def split(self, view): return np.full(7, 5)"), "budgets of shape (7,)"),
+}
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+def test_each_clause(tmp_path, clause):
+    text, words = CLAUSES[clause]
+    (path := tmp_path / "broken.py").write_text(text)
+    problems = check_policy(str(path))
+    assert problems == [] if words is None else any(words in p for p in problems), problems
+
+
+OFFLOAD = """
+import numpy as np
+from kvsim.registry import offload
+
+@offload("broken")
+class Broken:
+    {doc}
+
+    def place(self, view, victims):
+        {place}
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("return 1", None),
+        ("return np.where(view.uses > 1, 1, 2)", None),
+        ("return np.where(view.uses > 1, 1, -1)", None),
+        ("return 3", "named a tier that does not exist"),
+        ("return 0", "named a tier that does not exist"),
+        ("return 1.0", "place returned float64, expected whole numbers"),
+        ("pass", "returned tiers of type object"),
+        ("return np.ones(3, int)", "tiers of shape (3,)"),
+        ("victims[:] = False; return 1", "failed in place"),
+        ("view._table.copies[:] = 0; return 1", "place changed copies"),
+        ("return np.random.choice([1, 2], victims.shape)", "two runs with the same seed differ"),
+        ("return 1 + np.arange(victims.shape[-1]) % 2", "pages moved to other slots"),
+    ],
+)
+def test_each_clause_of_offload(tmp_path, place, words):
+    (path := tmp_path / "broken.py").write_text(OFFLOAD.format(doc="'''Mine.'''", place=place))
+    problems = check_policy(str(path))
+    assert problems == [] if words is None else any(words in p for p in problems), problems
+
+
+def test_names_that_are_not_known():
+    assert 'unknown policy "h20"' in check_policy("h20")[0]
+    assert "cannot read" in check_policy("h2o(3)")[0]
+    assert "no parameter" in check_policy("h2o(size=3)")[0]
+    assert 'no file "nowhere.py"' in check_policy("nowhere.py")[0]

@@ -1,0 +1,239 @@
+"""Spec strings, and the ways a policy comes to be known."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from dataclasses import fields
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from kvsim import registry
+from kvsim.errors import PolicyError
+from kvsim.registry import Spec, build, find, parse_spec
+
+SOURCE = """
+from kvsim.registry import offload, policy
+
+@policy("{name}")
+class Mine:
+    '''One of mine.'''
+    size: int = {size}
+
+    def score(self, view):
+        return view.key
+"""
+
+
+@pytest.fixture(autouse=True)
+def table():
+    """Names registered by a test are gone after it."""
+    registry.load_all()
+    before = dict(registry._TABLE)
+    yield
+    registry._TABLE.clear()
+    registry._TABLE.update(before)
+
+
+def write(path, text, **values):
+    path.write_text(textwrap.dedent(text.format(**values) if values else text))
+    return path
+
+
+# -- spec strings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("h2o", Spec("h2o")),
+        (" h2o ", Spec("h2o")),
+        ("h2o()", Spec("h2o")),
+        ("h2o(recent=64)", Spec("h2o", {"recent": 64})),
+        ("h2o(recent='50%', sink=-1)", Spec("h2o", {"recent": "50%", "sink": -1})),
+        ("a/b.py:C(x=[1, 2.5], y={'k': None}, z=True)", Spec("a/b.py:C", {"x": [1, 2.5], "y": {"k": None}, "z": True})),
+    ],
+)
+def test_parse(text, spec):
+    assert parse_spec(text) == spec
+    assert parse_spec(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "(64)",
+        "(*x)",
+        "(**{'a': 1})",
+        "(recent=64",
+        "(recent=64))",
+        "(recent=open('x'))",
+        "(recent=__import__('os').getpid())",
+        "(recent=a)",
+        "(recent=1, recent=2)",
+        "(recent=1)(sink=2)",
+        "(recent=1).real(sink=2)",
+        "(recent=1) + g(sink=2)",
+        "(a={}={})",
+        "(x=" + "-" * 5000 + "1)",
+        "(x={[]: 1})",
+        "(x='\x00')",
+    ],
+)
+def test_what_is_not_a_literal_is_refused_and_never_run(inside):
+    with pytest.raises(PolicyError, match="cannot read"):
+        parse_spec("h2o" + inside)
+
+
+def test_unknown_names_and_parameters():
+    with pytest.raises(PolicyError, match='unknown policy "h20"') as caught:
+        build("h20")
+    assert 'did you mean "h2o"?' in caught.value.hint
+    with pytest.raises(PolicyError, match='unknown offload "spil"'):
+        build("spil", "offload")
+    with pytest.raises(PolicyError, match='no parameter "recnt"') as caught:
+        build("h2o(recnt=3)")
+    assert "recent" in caught.value.hint and caught.value.where == "h2o(recnt=3)"
+
+
+def test_build_makes_a_fresh_object():
+    a, b = build("streaming-llm(sink=2)"), build("streaming-llm")
+    assert a is not b and (a.sink, b.sink) == (2, 4)
+    assert {"fifo", "lru", "h2o", "belady"} <= set(registry.names())
+    assert "spill" in registry.names("offload")
+
+
+# -- registration ------------------------------------------------------------------------------------------------
+
+
+def test_the_decorator_fills_in_what_is_optional():
+    @registry.policy("plain")
+    class Plain:
+        recent: int | str = 7
+
+        def score(self, view):
+            return view.key
+
+    p = build("plain(protect_head=0.1)")
+    assert {f.name: getattr(p, f.name) for f in fields(p)} == {"recent": 7, "sink": 0, "protect_head": 0.1, "protect_tail": 0.0}
+    assert (p.batch, p.lag, p.granularity, p.rows, p.columns) == (1, 1, "head", "visible", {})
+
+
+def test_a_subclass_keeps_the_defaults_it_inherits():
+    @registry.policy("longer-sink")
+    class Longer(find("streaming-llm")):
+        pass
+
+    assert build("longer-sink").sink == 4
+
+
+def test_names_are_taken_once():
+    def make():
+        class First:
+            def score(self, view):
+                return 0
+
+        return First
+
+    registry.policy("twice")(make())
+    registry.policy("twice")(make())  # the same place in the same module: a notebook cell run again
+    with pytest.raises(PolicyError, match='two policy classes are called "twice"'):
+        registry.policy("twice")(type("Second", (), {"score": lambda self, view: 0}))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "neither score"),
+        ({"score": 3}, "neither score"),
+        ({"score": len, "__annotations__": {"size": "int"}}, 'parameter "size" of policy "odd" has no default'),
+        ({"score": len, "__annotations__": {"size": "list"}, "size": []}, "do not work: mutable default"),
+    ],
+)
+def test_classes_that_are_no_policy(body, words):
+    with pytest.raises(PolicyError, match=words):
+        registry.policy("odd")(type("Odd", (), body))
+    assert "odd" not in registry.names()
+
+
+def test_an_offload_policy_needs_place():
+    with pytest.raises(PolicyError, match="no place"):
+        registry.offload("odd")(type("Odd", (), {}))
+
+
+# -- files and modules -------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_a_policy(tmp_path):
+    path = write(tmp_path / "mine.py", SOURCE, name="mine", size=3)
+    assert build(f"{path}").size == build(f"{path}:Mine").size == 3
+    assert build(f"{path}(size=4)").size == 4
+    assert find(str(path)) is find(str(path))
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    path = write(tmp_path / "mine.py", SOURCE, name="mine", size=3)
+    old = build(str(path))
+    write(path, SOURCE, name="mine", size=5)
+    assert (build(str(path)).size, old.size) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "words"),
+    [
+        ("", "", r"holds 0 policy classes \(none\)"),
+        ("x = 1 +", "", "does not import: SyntaxError"),
+        ("import no_such_module_at_all", "", "does not import: ModuleNotFoundError"),
+        ("raise ValueError('why')", "", "does not import: ValueError: why"),
+        (SOURCE.format(name="a", size=1) + SOURCE.format(name="b", size=1).replace("Mine", "Other"), "", r"holds 2 policy classes \(Mine, Other\)"),
+        (SOURCE.format(name="a", size=1), ":Nobody", "is not a registered policy"),
+        (SOURCE.format(name="a", size=1), ":policy", "is not a registered policy"),
+        (SOURCE.format(name="a", size=1).replace("= 1", ""), "", 'parameter "size" of policy "a" has no default'),
+    ],
+)
+def test_files_that_hold_no_policy(tmp_path, text, spec, words):
+    path = write(tmp_path / "mine.py", text)
+    for _ in range(2):  # the second time it is said again
+        with pytest.raises(PolicyError, match=words):
+            build(f"{path}{spec}")
+
+
+def test_a_missing_file():
+    with pytest.raises(PolicyError, match='no file "nowhere.py"'):
+        build("nowhere.py")
+
+
+def test_modules(tmp_path, monkeypatch):
+    write(tmp_path / "my_package.py", SOURCE, name="packaged", size=2)
+    write(tmp_path / "my_broken.py", "1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build("my_package:Mine(size=9)").size == 9
+    assert build("packaged").size == 2
+    with pytest.raises(PolicyError, match='cannot import "my_broken": ZeroDivisionError'):
+        build("my_broken:Mine")
+    with pytest.raises(PolicyError, match='cannot import "no.such"'):
+        build("no.such")
+
+
+def test_entry_points(tmp_path, monkeypatch):
+    """An installed plug-in is found by name; one that does not import is named in a warning and harms nobody."""
+    write(tmp_path / "plug_good.py", SOURCE, name="plugged", size=6)
+    write(tmp_path / "plug_bad.py", "1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [EntryPoint(n, f"plug_{n}", "kvsim.plugins") for n in ("bad", "good")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == "kvsim.plugins" else [])
+    monkeypatch.setattr(registry, "_LOADED", set())
+    with pytest.warns(UserWarning, match='plug-in "bad" is left out: cannot import "plug_bad"'):
+        assert build("plugged").size == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "plugged" in registry.names()  # said once
+
+
+def test_source_hash_follows_the_file(tmp_path):
+    path = write(tmp_path / "mine.py", SOURCE, name="mine", size=3)
+    first = registry.source_hash(build(str(path)))
+    assert first == registry.source_hash(build(str(path)))
+    write(path, SOURCE, name="mine", size=4)
+    assert registry.source_hash(build(str(path))) != first
