@@ -1,7 +1,7 @@
 """A whole policy in one file: keep what has been hot lately.
 
-    kvsim check examples/my_policy.py
-    kvsim run TRACE --policy "examples/my_policy.py(half_life=16)" --budget 20%
+kvsim check examples/my_policy.py
+kvsim run TRACE --policy "examples/my_policy.py(half_life=16)" --budget 20%
 """
 
 import numpy as np

@@ -124,7 +124,7 @@ def run(
     opened = _open(name)
     with _Wait(f"replaying {opened.name}") as wait:
         result = simulate(opened, chosen, progress=wait.update)
-        comparison = compare(opened, chosen, result) if references else None
+        comparison = compare(opened, result) if references else None
     result.timing = {"wall_s": wait.seconds}
     folder = result.save(output or Path("runs") / result.id)
     _print_run(result, comparison, wait.seconds)
@@ -134,7 +134,7 @@ def run(
 def _open(name: str) -> Trace:
     from kvsim.trace import open_trace
 
-    return open_trace(Path(__file__).parent / "data" / "demo.kvtrace" if name == "demo" else name)
+    return open_trace(name)
 
 
 def _print_run(result: Result, comparison: Any, seconds: float) -> None:
@@ -278,7 +278,7 @@ def sweep(
 def _print_grid(grid: Any) -> None:
     from rich.table import Table
 
-    table = Table(*grid.table_head(), box=None, pad_edge=False)
+    table = Table(*grid.table_head(), title=grid.table_title, title_justify="left", box=None, pad_edge=False)
     for line in grid.table_lines():
         table.add_row(*line)
     console = _console()
@@ -394,8 +394,7 @@ def trace_check(trace: TraceArg) -> None:
     """
     from kvsim.trace.check import check as check_trace
 
-    path = _open(trace).path if trace == "demo" else trace
-    problems = check_trace(path)
+    problems = check_trace(trace)
     for problem in problems:
         typer.echo(f"broken: {problem}")
     if problems:

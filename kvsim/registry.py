@@ -37,7 +37,7 @@ _COMMON = {
     "rows": "visible",  # weights it sees: renormalised over visible pages, or "full"
     "needs": frozenset(),  # trace data beyond decode rows
     "bounded": True,  # False: keeps everything, whatever the budget
-    "cut_prompt": True,  # is an over-long prompt cut at the end of prefill?
+    "cut_prompt": True,  # is an over-long prompt cut at the end of prefill? (with offload it always is)
     "evidence": "own",  # code, abs, 3rd, mem, derived: see docs/policies.md
     "regimes": ("lossy", "offload"),
 }
@@ -99,8 +99,10 @@ def _enter(kind: str, name: str, cls: type) -> type:
     own = _FILES.setdefault(cls.__module__, {}) if cls.__module__.startswith(_PLUGIN) else _TABLE
     held = own.get((kind, name))
     if held is not None and _home(held) != _home(cls):
-        raise PolicyError(f'two {kind} classes are called "{name}"', where=_home(cls), hint=f"the other is {_home(held)}")
-    cls.spec_name = name
+        raise PolicyError(
+            f'two {kind} classes are called "{name}"', where=_home(cls), hint=f"the other is {_home(held)}"
+        )
+    cls.spec_name = name  # type: ignore[attr-defined]
     own[kind, name] = cls
     return cls
 
@@ -138,7 +140,9 @@ def parse_spec(text: str) -> Spec:
             raise ValueError
         return Spec(head.strip(), parameters)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise PolicyError(f'cannot read "{text}"', hint='write it like "h2o(recent=64)": keyword=literal, ...') from None
+        raise PolicyError(
+            f'cannot read "{text}"', hint='write it like "h2o(recent=64)": keyword=literal, ...'
+        ) from None
 
 
 def build(text: str, kind: str = "policy") -> Any:
@@ -151,7 +155,9 @@ def build(text: str, kind: str = "policy") -> Any:
     known = [f.name for f in fields(cls)]
     for key in spec.parameters:
         if key not in known:
-            raise PolicyError(f'{kind} "{spec.name}" has no parameter "{key}"', where=text, hint=f"it has {', '.join(known)}")
+            raise PolicyError(
+                f'{kind} "{spec.name}" has no parameter "{key}"', where=text, hint=f"it has {', '.join(known)}"
+            )
     try:
         return cls(**spec.parameters)
     except (TypeError, ValueError) as error:

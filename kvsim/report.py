@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvsim.config import RunConfig
+from kvsim.config import RunConfig, run_config
 from kvsim.results import Result
 from kvsim.simulate import Replay, prepare
 from kvsim.trace.access import Trace
@@ -50,9 +50,9 @@ class Comparison:
         return self.bound - self.policy
 
 
-def compare(trace: Trace, config: RunConfig, result: Result, progress: Callable[[int, int], None] | None = None) -> Comparison:
-    """Replay the references at the budget of `result` and judge its loss."""
-    config = config.resolved()
+def compare(trace: Trace, result: Result, progress: Callable[[int, int], None] | None = None) -> Comparison:
+    """Replay the references at the budget of `result`, a run of the same trace, and judge its loss."""
+    config = run_config(result.manifest["config"])
     lossy = config.regime == "lossy"
     metric, key = ("recall", "recall") if lossy else ("page hit rate", "page_hit_rate")
     policy = result.summary[key]

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +203,8 @@ def file_beside(final: Path) -> Iterator[Path]:
     except OSError as error:
         raise ResultError(f"cannot write: {error.strerror or error}", where=str(final), hint="choose another place with -o") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder itself is none
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from kvsim import results
 from kvsim.config import RunConfig, parse_settings, read_toml, run_config
 from kvsim.errors import ConfigError, ResultError
-from kvsim.report import judge
+from kvsim.report import VERDICTS, judge
 from kvsim.results import Result, open_result
 from kvsim.simulate import identify, prepare, run
 from kvsim.trace.access import Trace
@@ -145,7 +145,7 @@ def _point(trace: str, point: dict[str, Any], folder: Path) -> str:
 def _trace(name: str) -> Trace:
     from kvsim.trace import open_trace
 
-    return open_trace(Path(__file__).parent / "data" / "demo.kvtrace" if name == "demo" else name)
+    return open_trace(name)
 
 
 def sweep(trace: Trace, **keys: Any) -> Grid:
@@ -222,8 +222,11 @@ class Grid:
         return "recall" if self.runs[0].manifest["config"]["regime"] == "lossy" else "page_hit_rate"
 
     def table_head(self) -> list[str]:
-        name = self.metric.replace("_", " ")
-        return ["run", *(f"{name} at {b} | TPOT p99" for b in self._pivot()[1])]
+        return ["", *self._pivot()[1]]
+
+    @property
+    def table_title(self) -> str:
+        return f"{self.metric.replace('_', ' ')} | TPOT p99 (predicted), by budget"
 
     def table_lines(self) -> list[list[str]]:
         from kvsim.units import format_seconds
@@ -232,10 +235,10 @@ class Grid:
         lines = []
         for r in rows:
             found = [cells.get((r, b)) for b in budgets]
-            lines.append([r, *(f"{c[self.metric]:.4f} | {format_seconds(c['tpot_p99_s'])}" if c else "" for c in found)])
+            lines.append([r, *(f"{c[self.metric]:.3f} | {format_seconds(c['tpot_p99_s'])}" if c else "" for c in found)])
         if self.metric == "recall":
             bounds = [self._bound(b) for b in budgets]
-            lines.append(["step ceiling (bound)", *("" if np.isnan(x) else f"{x:.4f} |" for x in bounds)])
+            lines.append(["step ceiling (bound)", *("" if np.isnan(x) else f"{x:.3f} |" for x in bounds)])
         return lines
 
     def _bound(self, budget: str) -> float:
@@ -255,8 +258,8 @@ class Grid:
             best = max(rows, key=lambda r: r[self.metric])
             value, bound = best[self.metric], self._bound(budget)
             lines.append(
-                f"at {budget}: best online policy {best['policy']}, {self.metric.replace('_', ' ')} {value:.4f} (full cache 1, bound {bound:.4f}, "
-                f"regret {bound - value:.4f}); verdict: {judge(value, bound)}"
+                f"at {budget}: best online policy {best['policy']}, {self.metric.replace('_', ' ')} {value:.3f} of a possible {bound:.3f} "
+                f"(full cache 1, regret {bound - value:.3f}); verdict: {VERDICTS[judge(value, bound)]}"
             )
         return lines
 

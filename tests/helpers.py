@@ -53,9 +53,10 @@ def policy_for(spec: str, **attributes):
 
 
 def replay(
-    policy, budget, trace=None, *, kind=Cache, offload=None, use=THETA, demand=None, seed=0, host=None, ssd=None, audit=True
+    policy, budget, trace=None, *, kind=Cache, offload=None, use=THETA, demand=None, seed=0,
+    host=None, ssd=None, audit=True,
 ):  # fmt: skip
-    """One request through one cache. `policy`: a spec or an object; `offload`: a spec, which selects the offload regime."""
+    """One request through one cache. `policy`: a spec or an object; `offload`: a spec; with it, the offload regime."""
     p = registry.build(policy) if isinstance(policy, str) else policy
     trace = trace or matrix_trace()
     request = trace.requests()[0]
@@ -65,7 +66,8 @@ def replay(
     regime = {"offload": registry.build(offload, "offload"), "demand": demand} if offload else {}
     extra = {"audit": audit} if issubclass(kind, Cache) else {}
     cache = kind(
-        trace.lanes, request.stride, p, Capacity(budget, host, ssd), use=use, page_size=trace.page_size, seed=seed, **extra, **regime
+        trace.lanes, request.stride, p, Capacity(budget, host, ssd), use=use,
+        page_size=trace.page_size, seed=seed, **extra, **regime,
     )  # fmt: skip
     return drive(cache, request.accesses(), request.stride)
 
@@ -76,7 +78,9 @@ def drive(cache, accesses, stride) -> Run:
         out.append(cache.access(a))
         copies.append(by_key(cache, cache.table.copies, stride))
         if callable(getattr(cache.policy, "score", None)):
-            score.append(by_key(cache, np.broadcast_to(cache.policy.score(cache.view), cache.view.key.shape), stride, np.nan))
+            score.append(
+                by_key(cache, np.broadcast_to(cache.policy.score(cache.view), cache.view.key.shape), stride, np.nan)
+            )
     return Run(cache, out, np.array(copies), score)
 
 
@@ -110,7 +114,9 @@ def refer(policy, names, budget: int) -> Run:
     stride, use = accesses[0].row.shape[-1], Use("weight", 0.5)
     if hasattr(p, "foresee"):
         p.foresee(_Sequence(accesses), use)
-    cache = Cache((1, 1), stride, p, Capacity(budget), offload=registry.build("spill", "offload"), use=use, demand=use, audit=True)
+    cache = Cache(
+        (1, 1), stride, p, Capacity(budget), offload=registry.build("spill", "offload"), use=use, demand=use, audit=True
+    )
     return drive(cache, accesses, stride)
 
 

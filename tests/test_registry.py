@@ -116,7 +116,12 @@ def test_the_decorator_fills_in_what_is_optional():
             return view.key
 
     p = build("plain(protect_head=0.1)")
-    assert {f.name: getattr(p, f.name) for f in fields(p)} == {"recent": 7, "sink": 0, "protect_head": 0.1, "protect_tail": 0.0}
+    assert {f.name: getattr(p, f.name) for f in fields(p)} == {
+        "recent": 7,
+        "sink": 0,
+        "protect_head": 0.1,
+        "protect_tail": 0.0,
+    }
     assert (p.batch, p.lag, p.granularity, p.rows, p.columns) == (1, 1, "head", "visible", {})
 
 
@@ -186,7 +191,11 @@ def test_an_edited_file_is_read_again(tmp_path):
         ("x = 1 +", "", "does not import: SyntaxError"),
         ("import no_such_module_at_all", "", "does not import: ModuleNotFoundError"),
         ("raise ValueError('why')", "", "does not import: ValueError: why"),
-        (SOURCE.format(name="a", size=1) + SOURCE.format(name="b", size=1).replace("Mine", "Other"), "", r"holds 2 policy classes \(Mine, Other\)"),
+        (
+            SOURCE.format(name="a", size=1) + SOURCE.format(name="b", size=1).replace("Mine", "Other"),
+            "",
+            r"holds 2 policy classes \(Mine, Other\)",
+        ),
         (SOURCE.format(name="a", size=1), ":Nobody", "is not a registered policy"),
         (SOURCE.format(name="a", size=1), ":policy", "is not a registered policy"),
         (SOURCE.format(name="a", size=1).replace("= 1", ""), "", 'parameter "size" of policy "a" has no default'),

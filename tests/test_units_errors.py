@@ -60,13 +60,21 @@ def test_refuse(parse, text):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("20%", (0.2, "fraction")), ("512", (512, "pages")), (512, (512, "pages")), ("64 pages", (64, "pages")), ("4KiB", (4096, "bytes"))],
+    [
+        ("20%", (0.2, "fraction")),
+        ("512", (512, "pages")),
+        (512, (512, "pages")),
+        ("64 pages", (64, "pages")),
+        ("4KiB", (4096, "bytes")),
+    ],
 )
 def test_budget(text, value):
     assert units.parse_budget(text) == value
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "0%", "1.5", "4GiB/s", "much", float("nan"), float("inf"), "-1GiB", "0B", ""])
+@pytest.mark.parametrize(
+    "text", ["0", "-3", "0%", "1.5", "4GiB/s", "much", float("nan"), float("inf"), "-1GiB", "0B", ""]
+)
 def test_budgets_refused(text):
     with pytest.raises(ConfigError):
         units.parse_budget(text)

@@ -4,11 +4,11 @@ One *pack* holds several problems.  All their statements are shuffled together i
 problem after problem without any further input.  Words, each one token:
 
     !n 7        value of n is 7 (given in the prompt, or worked out in the chain)
-    @a b !x     from a go on to b, and value(b) = (value(a) + value(x)) mod 10
+    @a b &x     from a go on to b, and value(b) = (value(a) + value(x)) mod 10
     @z ?7       a problem ends at z; go on with question 7
-    ?7 !u       question 7 asks for the value of u
+    ?7 &u       question 7 asks for the value of u
     ?9 #2       the questions are over, go on with problem 2;  `?9 <eos>` ends the pack
-    #2 !a       problem 2 starts at a
+    #2 &a       problem 2 starts at a
     go #1       last two tokens of the prompt: begin with problem 1
 
     chain of thought, problem 1:    !a 4 @a b !x 3 !b 7 @b c !y 0 !c 7 @c ?7 !u 3 ?8 !a 4 ?9 #2 ...
@@ -17,8 +17,9 @@ The operand x is a constant (few of them, drawn with Zipf weights) or a node com
 Pareto-distributed distance; questions reach back over the whole pack.  So what was written long ago is needed again
 after gaps with a heavy tail, which is what a cache policy for long generations has to cope with.
 
-Two decisions make it learnable by a tiny model.  Every look-up has its key in the token just before it, because such
-one-hop copying is what small transformers pick up first.  And every generated token is determined by the prompt, so
+Three decisions make it learnable by a tiny model.  Every look-up has its key in the token just before it, because such
+one-hop copying is what small transformers pick up first.  A word that means something else is another token: `!x` is
+always followed by the value of x, while a statement that only refers to x writes `&x`.  And every generated token is determined by the prompt, so
 each of them is a training signal, and a greedy decode either follows the only right path or has left it.
 
 Only numpy and the standard library are needed here.
@@ -39,13 +40,13 @@ PARETO = 1.1        # tail exponent of the distance of an operand, in nodes
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "go"]
 VOCAB: list[str] = (_SPECIAL + [str(d) for d in range(10)] + [f"#{i}" for i in range(LABELS)]
                     + [f"?{i}" for i in range(QUESTIONS)]
-                    + [f"{c}n{i}" for c in ("", "@", "!") for i in range(NAMES)])
+                    + [f"{c}n{i}" for c in ("", "@", "!", "&") for i in range(NAMES)])
 ID: dict[str, int] = {w: i for i, w in enumerate(VOCAB)}
 PAD, BOS, EOS, GO = range(4)
 DIGIT = ID["0"]
 LABEL = ID["#0"]
 QUESTION = ID["?0"]
-PLAIN, EDGE, VALUE = ID["n0"], ID["@n0"], ID["!n0"]
+PLAIN, EDGE, VALUE, REF = ID["n0"], ID["@n0"], ID["!n0"], ID["&n0"]
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ def make(rng: np.random.Generator, *, problems: int, steps: int, constants: int 
     for p in range(problems):
         first, last = p * (steps + 1), p * (steps + 1) + steps
         statements.append([VALUE + name[first], DIGIT + value[name[first]]])
-        statements.append([label[p], VALUE + name[first]])
-        statements += [[EDGE + name[i - 1], PLAIN + name[i], VALUE + operand[i]] for i in range(first + 1, last + 1)]
+        statements.append([label[p], REF + name[first]])
+        statements += [[EDGE + name[i - 1], PLAIN + name[i], REF + operand[i]] for i in range(first + 1, last + 1)]
         statements.append([EDGE + name[last], question(p, 0)])
-        statements += [[question(p, k), VALUE + u] for k, u in enumerate(asked[p])]
+        statements += [[question(p, k), REF + u] for k, u in enumerate(asked[p])]
         statements.append([question(p, asks), label[p + 1] if p + 1 < problems else EOS])
     tokens: list[int] = [BOS]
     where: dict[int, int] = {}
@@ -139,21 +140,21 @@ def make(rng: np.random.Generator, *, problems: int, steps: int, constants: int 
 
     for p in range(problems):
         first, last = p * (steps + 1), p * (steps + 1) + steps
-        put(VALUE + name[first], where[label[p]] + 1)
+        put(VALUE + name[first], where[label[p]] + 1, copy=False)
         now = put(DIGIT + value[name[first]], held[name[first]])
         here = now - 1
         for i in range(first + 1, last + 1):
             a, b, x = name[i - 1], name[i], operand[i]
             put(EDGE + a, here, copy=False)
             to = put(PLAIN + b, where[EDGE + a] + 1)
-            put(VALUE + x, where[EDGE + a] + 2)
+            put(VALUE + x, where[EDGE + a] + 2, copy=False)
             got = put(DIGIT + value[x], held[x])
             here = put(VALUE + b, to, copy=False)
             now = held[b] = put(DIGIT + value[b], now, got, copy=False)
         put(EDGE + name[last], here, copy=False)
         ask = put(question(p, 0), where[EDGE + name[last]] + 1)
         for k, u in enumerate(asked[p]):
-            put(VALUE + u, where[question(p, k)] + 1)
+            put(VALUE + u, where[question(p, k)] + 1, copy=False)
             put(DIGIT + value[u], held[u])
             ask = put(question(p, k + 1), ask, copy=False)
         put(label[p + 1] if p + 1 < problems else EOS, where[question(p, asks)] + 1)

@@ -8,15 +8,16 @@ still counted in the step it leaves after (policies.md section 0).
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from kvsim.cache import kernels
-from kvsim.cache.demand import Use
+from kvsim.cache.demand import FAIR_SHARE, Use
 from kvsim.cache.table import GPU, HOST, SSD, Table
-from kvsim.cache.view import View, locked, pages, share_of, window
+from kvsim.cache.view import View, locked, share_of, window
 from kvsim.errors import ConfigError, KvsimError, PolicyError
 from kvsim.trace.access import Access, Prompt
 
@@ -25,10 +26,11 @@ from kvsim.trace.access import Access, Prompt
 class Outcome:
     """What one access found and moved.
 
-    Per row lane [row_lanes]: `total`, `hit`, `attended` (float32): weight of the full row, found on the GPU, and read by attention;
-    `used`, `found` (int64): used or needed pages, and those of them on the GPU. `resident`: int64 [lanes], pages on the GPU
-    afterwards. Page counts by layer of the table, int64: `read` [layers]; `fetched`, `fetched_runs` (from the tier, waited
-    for; runs are neighbouring pages) and `spilled` (written to the tier) [3, layers]. `dropped`: pages that are gone.
+    Per row lane [row_lanes]: `total`, `hit`, `attended` (float32): weight of the full row, found on the GPU, and
+    read by attention; `used`, `found` (int64): used or needed pages, and those of them on the GPU. `resident`:
+    int64 [lanes], pages on the GPU afterwards. Page counts by layer of the table, int64: `read` [layers];
+    `fetched`, `fetched_runs` (from the tier, waited for; runs are neighbouring pages) and `spilled` (written to the
+    tier) [3, layers]. `dropped`: pages that are gone.
     """
 
     total: np.ndarray
@@ -56,10 +58,11 @@ class Capacity:
 class Cache:
     """The cache of one request.
 
-    `row_lanes`: (layers, kv_heads) of the rows; the policy's granularity says how many of them share a decision. `stride`:
-    pages of the whole request. `offload`: where victims go; None is the lossy regime, where they are gone and the policy
-    sees rows renormalised over what is left. `use`: when a page counts as used; in the offload regime `demand` takes its
-    place and says what a step needs (None: the policy's read set). `audit`: recount the table after every step.
+    `row_lanes`: (layers, kv_heads) of the rows; the policy's granularity says how many of them share a decision.
+    `stride`: pages of the whole request. `offload`: where victims go; None is the lossy regime, where they are gone
+    and the policy sees rows renormalised over what is left. `use`: when a page counts as used; in the offload
+    regime `demand` takes its place and says what a step needs (None: the policy's read set). `audit`: recount the
+    table after every step.
 
     Raises ConfigError for a budget below what is protected, or tiers that cannot hold the request.
     """
@@ -72,7 +75,7 @@ class Cache:
         capacity: Capacity,
         *,
         offload: Any = None,
-        use: Use = Use(),
+        use: Use = FAIR_SHARE,
         demand: Use | None = None,
         page_size: int = 1,
         seed: int = 0,
@@ -116,7 +119,7 @@ class Cache:
         self._touch(a, row, peak, seen, need)
         if self.lossy:
             out.hit[:], out.attended[:], out.found[:] = self._hit, self._hit, out.used if a.prefill else self._found
-            out.read[:] = self._by_layer(seen >= 0)
+            out.read[:] = self._sum_layers(self.table.filled()) if seen is self.table.key else self._by_layer(seen >= 0)
         self._call("observe", self.view, optional=True)
         self._settle(a, out)
         out.resident = self.table.resident()
@@ -125,10 +128,11 @@ class Cache:
         return out
 
     def _blank(self) -> Outcome:
-        floats = [np.empty(self.rows, np.float32) for _ in range(3)]
-        counts = [np.empty(self.rows, np.int64) for _ in range(2)]
-        moved = [np.zeros((3, self.shape[0]), np.int64) for _ in range(3)]
-        return Outcome(*floats, *counts, np.empty(0), np.zeros(self.shape[0], np.int64), *moved)
+        total, hit, attended = (np.empty(self.rows, np.float32) for _ in range(3))
+        used, found = (np.empty(self.rows, np.int64) for _ in range(2))
+        fetched, runs, spilled = (np.zeros((3, self.shape[0]), np.int64) for _ in range(3))
+        read = np.zeros(self.shape[0], np.int64)
+        return Outcome(total, hit, attended, used, found, np.empty(0), read, fetched, runs, spilled)
 
     def _need(self, a: Access, peak: np.ndarray) -> np.ndarray:
         return self.predicate.limits(peak, a.keys, np.repeat(a.visible, self.rows // len(a.visible)))
@@ -149,7 +153,7 @@ class Cache:
             self.table.release_where(gone & (self.table.key >= 0))
 
     def _grow(self) -> None:
-        """Lines for a policy that does not stay within its budget (a read set, a prompt not yet cut, a larger split)."""
+        """Lines for a policy that outgrows its budget (a read set, a prompt not yet cut, a larger split)."""
         if self.table.free_count.min() == 0:
             self._resize(min(self.stride, 2 * self.table.slots) + 1)
 
@@ -195,7 +199,7 @@ class Cache:
         )  # fmt: skip
 
     def _warm_start(self, a: Access) -> None:
-        """Prompt rows count: mass is the column sum, uses the stored rows that used the page (policies.md section 0)."""
+        """Prompt rows count: mass is the column sum, uses the stored rows that used the page."""
         assert a.prompt is not None
         prompt = self.view.prompt = self._pool(a.prompt)
         n = a.keys
@@ -216,7 +220,14 @@ class Cache:
         def pooled(x):
             return None if x is None else locked(x.mean(axis=axes, keepdims=True) if axes else x)
 
-        return replace(p, colsum=pooled(p.colsum), colsq=pooled(p.colsq), colmax=pooled(p.colmax), rows=pooled(p.rows), peaks=locked(p.peaks))
+        return replace(
+            p,
+            colsum=pooled(p.colsum),
+            colsq=pooled(p.colsq),
+            colmax=pooled(p.colmax),
+            rows=pooled(p.rows),
+            peaks=locked(p.peaks),
+        )
 
     # -- bringing tiers down to their capacity ------------------------------------------------------------------
 
@@ -230,8 +241,11 @@ class Cache:
         over = self._over(due)
         if (over > 0).any():
             head, tail = self._protected()
-            batch = np.minimum(self.policy.batch, self.budget + 1 - head - tail)  # only the excess takes protected pages
-            chosen, counts = self._choose(a, GPU, np.where(over > 0, np.maximum(over, batch), 0), self._score(), head, tail)
+            held = head + np.maximum(tail, a.tokens % self.page_size > 0)  # with the page that is being filled
+            batch = np.minimum(self.policy.batch, self.budget + 1 - held)  # only the excess takes protected pages
+            chosen, counts = self._choose(
+                a, GPU, np.where(over > 0, np.maximum(over, batch), 0), self._score(), head, tail
+            )
             if self.lossy:
                 out.dropped = int(counts.sum())
                 self.table.release(chosen, counts)
@@ -257,7 +271,9 @@ class Cache:
         bad = kernels.victims(score, t.key, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
         if bad >= 0:
             lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
-            raise self._broken(f"returned NaN at step {a.step}, lane {lane}", "score", "every resident page needs a number")
+            raise self._broken(
+                f"returned NaN at step {a.step}, lane {lane}", "score", "every resident page needs a number"
+            )
         return out, counts
 
     def _score(self) -> np.ndarray:
@@ -269,7 +285,9 @@ class Cache:
         where = self._call("place", self.view, locked(victims.reshape(*self.shape, t.slots)), of=self.offload)
         tier = self._broadcast(where, "tiers", np.int64, of=self.offload)
         if not np.isin(tier[victims], (-1, 1, 2)).all():
-            raise self._broken("named a tier that does not exist", "place", "1 is host, 2 is SSD, -1 is none", self.offload)
+            raise self._broken(
+                "named a tier that does not exist", "place", "1 is host, 2 is SSD, -1 is none", self.offload
+            )
         for number, bit in ((1, HOST), (2, SSD)):
             new = victims & (tier == number) & ((t.copies & bit) == 0)
             out.spilled[number] += self._by_layer(new)
@@ -282,7 +300,7 @@ class Cache:
         t.release_where(gone)
 
     def _settle_below(self, a: Access, out: Outcome) -> None:
-        """A full tier gives up copies that another tier has too; then a full host's lowest scores go down to the SSD."""
+        """A full tier gives up copies that another tier has too; then a host's lowest scores go down to the SSD."""
         t, none = self.table, np.zeros_like(self.budget)
         for bit, capacity in ((HOST, self.capacity.host), (SSD, self.capacity.ssd)):
             over = none if capacity is None else np.maximum(t.resident(bit) - capacity, 0)
@@ -293,7 +311,10 @@ class Cache:
             gone = self._mask(*self._choose(a, bit, over, score, none, none))
             down = gone & ~spare
             if bit == SSD and down.any():
-                raise ConfigError(f"at step {a.step} the SSD needs more than its {capacity} pages per lane", hint="raise --host or --ssd")
+                raise ConfigError(
+                    f"at step {a.step} the SSD needs more than its {capacity} pages per lane",
+                    hint="raise --host or --ssd",
+                )
             out.spilled[2] += self._by_layer(down)
             t.copies[down] |= SSD
             t.copies[gone] &= ~np.uint8(bit)
@@ -326,12 +347,14 @@ class Cache:
             )
         if self.by_selection and not self.selects:
             raise ConfigError(
-                f'demand "select" needs a policy with a read set; {_name(self.policy)} has none', hint='use "dense", "theta" or "topk(64)"'
+                f'demand "select" needs a policy with a read set; {_name(self.policy)} has none',
+                hint='use "dense", "theta" or "topk(64)"',
             )
         below = (self.capacity.host, self.capacity.ssd)
-        if not self.lossy and None not in below and self.capacity.gpu + sum(below) < self.stride:  # type: ignore[arg-type]
+        held = math.inf if None in below else self.capacity.gpu + sum(x or 0 for x in below)
+        if not self.lossy and held < self.stride:
             raise ConfigError(
-                f"GPU, host and SSD hold {self.capacity.gpu + sum(below)} pages per lane, the request needs {self.stride}",  # type: ignore[arg-type]
+                f"GPU, host and SSD hold {held} pages per lane, the request needs {self.stride}",
                 hint="raise --host or --ssd, or let pages go: --regime lossy",
             )
 
@@ -357,7 +380,9 @@ class Cache:
         method = {"scores": "score", "a read set": "select", "budgets": "split", "tiers": "place"}[what]
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
-            raise self._broken(f"returned {what} of type {array.dtype}", method, "numbers are expected; is a return missing?", of)
+            raise self._broken(
+                f"returned {what} of type {array.dtype}", method, "numbers are expected; is a return missing?", of
+            )
         try:
             array = np.broadcast_to(array, shape)
         except ValueError:
@@ -389,7 +414,11 @@ class Cache:
             home = inspect.getsourcefile(cls)
         except TypeError:
             home = None
-        return PolicyError(f'policy "{_name(owner or self.policy)}" {what}', where=f"{home or cls.__module__}:{cls.__name__}.{method}", hint=hint)
+        return PolicyError(
+            f'policy "{_name(owner or self.policy)}" {what}',
+            where=f"{home or cls.__module__}:{cls.__name__}.{method}",
+            hint=hint,
+        )
 
     def audit(self, a: Access) -> None:
         """Recount the table and the budget; an assertion here is a mistake of ours."""

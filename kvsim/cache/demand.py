@@ -24,7 +24,7 @@ class Use:
     value: float = 1.0
 
     def limits(self, peak: np.ndarray, keys: int, visible: np.ndarray) -> np.ndarray:
-        """float32 [row lanes]: the least `peak` that counts. `peak`: [row_lanes, stride]; `visible`: tokens per row lane."""
+        """float32 [row lanes]: the least `peak` that counts. `peak`: [row lanes, stride]; `visible`: tokens by lane."""
         if self.kind == "share":
             return (self.value / visible).astype(np.float32)
         if self.kind == "topk" and self.value < keys:
@@ -35,6 +35,9 @@ class Use:
     @property
     def absolute(self) -> bool:
         return self.kind == "weight"
+
+
+FAIR_SHARE = Use()
 
 
 def parse_use(value: float | str) -> Use:
@@ -64,7 +67,9 @@ def parse_demand(text: str, use: Use) -> Use | None:
         return _positive(Use("topk", value), text)
     if name == "select" and value is None:
         return None
-    raise ConfigError(f'unknown demand model "{text}"', hint='use "dense", "theta", "theta(0.01)", "topk(64)" or "select"')
+    raise ConfigError(
+        f'unknown demand model "{text}"', hint='use "dense", "theta", "theta(0.01)", "topk(64)" or "select"'
+    )
 
 
 def _arguments(text: str) -> tuple[str, float | None]:

@@ -8,87 +8,107 @@ is one pass over memory; everything a policy computes stays NumPy (design decisi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numba import njit
 
-_JIT = {"cache": True, "nogil": True, "boundscheck": False}
+_JIT: Any = {"cache": True, "nogil": True, "boundscheck": False}
+_LAST = 2**31 - 1  # above every key and every ordered score
+
+
+@njit(**_JIT)
+def _sum(x, n):
+    """Sum of the first `n` in eight interleaved parts: no chain of additions, the same order on any machine."""
+    a = b = c = d = e = f = g = h = np.float32(0.0)
+    whole = n - n % 8
+    for i in range(0, whole, 8):
+        a += x[i]
+        b += x[i + 1]
+        c += x[i + 2]
+        d += x[i + 3]
+        e += x[i + 4]
+        f += x[i + 5]
+        g += x[i + 6]
+        h += x[i + 7]
+    for i in range(whole, n):
+        a += x[i]
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
 @njit(**_JIT)
 def row_totals(row, peak, keys, need, total, used):
     """Per row lane: the row's sum and how many pages are used, by `peak >= need[lane]`."""
     for m in range(row.shape[0]):
-        mass = np.float32(0.0)
+        total[m] = _sum(row[m], keys)
         count = 0
-        limit = need[m]
         for k in range(keys):
-            mass += row[m, k]
-            count += peak[m, k] >= limit
-        total[m] = mass
+            count += peak[m, k] >= need[m]
         used[m] = count
 
 
 @njit(**_JIT)
-def touch(row, peak, key, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing, need, hit, used):
+def touch(
+    row, peak, key, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing, need, hit, used
+):
     """Look up every page's weight and update mass, last and uses; count what was found.
 
     `need`: float32 [row_lanes], the weight from which a page counts as used on the full row. `renormalise`: divide each
     row by what of it is visible, as the softmax over the surviving pages would; a page is then used when that weight
     reaches `use` (`absolute`) or `use` / visible tokens. `missing`: tokens the newest page still lacks. Returns
     in `hit` the visible mass per row lane and in `used` the visible pages that are used by the full row.
+
+    A few short loops over one lane, each of one kind, run faster than one loop that does everything.
     """
     lanes, slots = key.shape
     group = row.shape[0] // lanes
+    found, top, most = np.empty(slots, np.float32), np.empty(slots, np.float32), np.empty(slots, np.float32)
     for t in range(lanes):
         resident = 0
         for s in range(slots):
+            weights[t, s] = 0.0
+            most[s] = 0.0
             resident += key[t, s] >= 0
-        tokens = np.float32(max(1, resident * page_size - missing))
         least = np.float32(0.0)
         for m in range(t * group, (t + 1) * group):
-            seen = np.float32(0.0)
-            count = 0
-            limit = need[m]
             for s in range(slots):
                 k = key[t, s]
-                if k >= 0:
-                    seen += row[m, k]
-                    count += peak[m, k] >= limit
-            hit[m] = seen
+                found[s] = row[m, k] if k >= 0 else np.float32(0.0)
+            if page_size == 1:  # a page is its token
+                top[:] = found
+            else:
+                for s in range(slots):
+                    k = key[t, s]
+                    top[s] = peak[m, k] if k >= 0 else np.float32(0.0)
+            hit[m] = _sum(found, slots)
+            scale = np.float32(1.0) / hit[m] if renormalise and hit[m] > 0 else np.float32(1.0)
+            count = 0
+            for s in range(slots):
+                count += (key[t, s] >= 0) & (top[s] >= need[m])
+                weights[t, s] += found[s] * scale
+                most[s] += top[s] * scale
             used[m] = count
-            least += limit / group
+            least += need[m] / group
         if renormalise:
+            tokens = np.float32(max(1, resident * page_size - missing))
             least = np.float32(use) if absolute else np.float32(use) / tokens
         for s in range(slots):
-            k = key[t, s]
-            if k < 0:
-                weights[t, s] = 0.0
-                continue
-            w = np.float32(0.0)
-            p = np.float32(0.0)
-            for m in range(t * group, (t + 1) * group):
-                scale = np.float32(1.0)
-                if renormalise and hit[m] > 0:
-                    scale = np.float32(1.0) / hit[m]
-                w += row[m, k] * scale
-                p += peak[m, k] * scale
-            w /= group
-            weights[t, s] = w
-            mass[t, s] += w
-            if p / group >= least:
-                last[t, s] = now
-                uses[t, s] += 1
+            weights[t, s] /= group
+            mass[t, s] += weights[t, s]
+        for s in range(slots):
+            is_used = (key[t, s] >= 0) & (most[s] / group >= least)
+            last[t, s] = now if is_used else last[t, s]
+            uses[t, s] += is_used
 
 
 @njit(**_JIT)
 def find(row, peak, key, seen, copies, need, selected, and_resident, hit, attended, found, used, missing, read):
     """Offload: what the step needs, what of it is on the GPU, and what it must wait for.
 
-    A page is needed when in one of the lane's rows its largest token weight reaches `need`, or, if `selected`, when it is in
-    the read set `seen`. Attention reads the needed pages, and with `and_resident` every page that is on the GPU too. Per row
-    lane: `hit` mass on the GPU, `attended` mass read, `used` pages needed and `found` of them on the GPU. `missing`, `read`:
-    bool [lanes, slots].
+    A page is needed when in one of the lane's rows its largest token weight reaches `need`, or, if `selected`, when
+    it is in the read set `seen`. Attention reads the needed pages, and with `and_resident` every page that is on
+    the GPU too. Per row lane: `hit` mass on the GPU, `attended` mass read, `used` pages needed and `found` of them
+    on the GPU. `missing`, `read`: bool [lanes, slots].
     """
     lanes, slots = key.shape
     group = row.shape[0] // lanes
@@ -189,13 +209,42 @@ def count_copies(copies, bit):
     return out
 
 
+@njit(inline="always")
+def _ordered(x):
+    """A float32 as an int32 of the same order; adding 0.0 makes -0.0 and 0.0 one score."""
+    bits = np.float32(x + np.float32(0.0)).view(np.int32)
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@njit(**_JIT)
+def _lowest(score, key, copies, bit, low, high, pinned):
+    """Slot of the lowest (score, key) among keys from `low` to below `high`, or -1; and whether any score is NaN."""
+    best, bad, keys, nobody = np.int32(_LAST), 0, np.int32(_LAST), np.int32(_LAST)
+    for s in range(key.shape[0]):
+        x, k = score[s], key[s]
+        here = (k >= 0) & ((copies[s] & bit) != 0) & (k != pinned)
+        bad += here & (x != x)
+        best = min(best, _ordered(x) if here & (k >= low) & (k < high) else nobody)
+    for s in range(key.shape[0]):
+        k = key[s]
+        here = (k >= low) & (k < high) & ((copies[s] & bit) != 0) & (k != pinned) & (_ordered(score[s]) == best)
+        keys = min(keys, k if here else nobody)
+    if bad or keys == nobody:
+        return -1, bad > 0
+    for s in range(key.shape[0]):
+        if key[s] == keys:
+            return s, False
+    return -1, False
+
+
 @njit(**_JIT)
 def victims(score, key, copies, bit, excess, head, tail, pinned, out, counts):
     """Per lane, the `excess[t]` lowest pages among those with a copy in tier `bit`.
 
     Order: pages that are not protected first, then by score, then the older (lower) key; so it depends neither on
-    slots nor on what was fetched before, and caches of different size agree on it. Protected are keys below `head[t]` and at or above `tail[t]`: they leave last. `pinned`
-    is a key that may not leave at all (-1: none). Returns the lane of the first NaN score, or -1.
+    slots nor on what was fetched before, and caches of different size agree on it. Protected are keys below
+    `head[t]` and at or above `tail[t]`: they leave last. `pinned` is a key that may not leave at all (-1: none).
+    Returns the lane of the first NaN score, or -1.
     """
     slots = key.shape[1]
     rank = np.empty(slots, np.uint64)
@@ -206,30 +255,13 @@ def victims(score, key, copies, bit, excess, head, tail, pinned, out, counts):
         if want <= 0:
             continue
         if want == 1:
-            best = -1
-            best_guard = False
-            best_score = np.float32(0.0)
-            best_key = 0
-            for s in range(slots):
-                k = key[t, s]
-                if k < 0 or not (copies[t, s] & bit) or k == pinned:
-                    continue
-                x = score[t, s]
-                if x != x:
-                    return t
-                guard = k < head[t] or k >= tail[t]
-                if best < 0:
-                    better = True
-                elif guard != best_guard:
-                    better = best_guard
-                elif x != best_score:
-                    better = x < best_score
-                else:
-                    better = k < best_key
-                if better:
-                    best, best_guard, best_score, best_key = s, guard, x, k
-            if best >= 0:
-                out[t, 0] = best
+            s, bad = _lowest(score[t], key[t], copies[t], bit, max(0, head[t]), tail[t], pinned)
+            if s < 0 and not bad:  # only protected pages are left
+                s, bad = _lowest(score[t], key[t], copies[t], bit, 0, _LAST, pinned)
+            if bad:
+                return t
+            if s >= 0:
+                out[t, 0] = s
                 counts[t] = 1
             continue
         n = 0
@@ -260,9 +292,7 @@ def victims(score, key, copies, bit, excess, head, tail, pinned, out, counts):
 @njit(inline="always")
 def _rank(guard, x, key):
     """A total order as one integer: guard, then the float32 in ascending order, then the key (under 2**31)."""
-    bits = np.int64(np.float32(x + np.float32(0.0)).view(np.int32))  # adding 0.0 makes -0.0 and 0.0 one score
-    ordered = bits + 2147483648 if bits >= 0 else -1 - bits
-    value = (np.uint64(ordered) << np.uint64(31)) | np.uint64(key)
+    value = (np.uint64(np.int64(_ordered(x)) + 2147483648) << np.uint64(31)) | np.uint64(key)
     if guard:
         value |= np.uint64(1) << np.uint64(63)
     return value

@@ -67,6 +67,10 @@ class Table:
         """Free the lines of the mask [lanes, slots]."""
         kernels.release_where(gone, self.key, self.copies, self.free, self.free_count)
 
+    def filled(self) -> np.ndarray:
+        """int64 [lanes]: pages with a line."""
+        return self.slots - self.free_count
+
     def resident(self, bit: int = GPU) -> np.ndarray:
         """int64 [lanes]: pages with a copy in the tier."""
         return kernels.count_copies(self.copies, bit)

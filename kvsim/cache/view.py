@@ -22,11 +22,20 @@ _PUBLIC = ("key", "born", "arrived", "last", "uses", "mass", "weights")
 class View:
     """The table as a policy sees it: columns [layers, kv_heads, slots], read-only; private ones are writable.
 
-    `key` (-1: empty line), `born`, `arrived` (on the GPU), `last` (used) in steps, prefill being 0; `uses`, `mass` (sum of weights), `weights` (this step),
-    `resident` (bool: on the GPU), private columns by `view["name"]`. Scalars: `now` (step), `keys` (pages that exist), `newest`
-    (largest key), `page_size` (tokens). `budget`: int64 [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics
-    at prefill, else None. `seed`, `rng`: the run's seed and a generator made from it.
+    `key` (-1: empty line), `born`, `arrived` (on the GPU), `last` (used) in steps, prefill being 0; `uses`, `mass`
+    (sum of weights), `weights` (this step), `resident` (bool: on the GPU), private columns by `view["name"]`.
+    Scalars: `now` (step), `keys` (pages that exist), `newest` (largest key), `page_size` (tokens). `budget`: int64
+    [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics at prefill, else None. `seed`, `rng`: the run's
+    seed and a generator made from it.
     """
+
+    key: np.ndarray
+    born: np.ndarray
+    arrived: np.ndarray
+    last: np.ndarray
+    uses: np.ndarray
+    mass: np.ndarray
+    weights: np.ndarray
 
     def __init__(self, table: Table, shape: tuple[int, int], page_size: int, seed: int):
         self.page_size, self.seed, self.shape = page_size, seed, shape
@@ -97,7 +106,7 @@ def keep(view: View, score: Any, *, sink: int = 0, recent: int = 0) -> np.ndarra
 
 
 class EvictionPolicy(Protocol):
-    """Who leaves. Only `score` (or, for read-set policies, `select`) is required; see `kvsim.registry` for the defaults."""
+    """Who leaves. Only `score` (or, for a read set, `select`) is required; `kvsim.registry` has the defaults."""
 
     columns: ClassVar[dict[str, type]]
     batch: int

@@ -30,8 +30,11 @@ class Table(Protocol):
 class Plan(Protocol):
     """What a sweep file asks to be drawn."""
 
-    plots: list[dict[str, Any]]
-    where: str | None
+    @property
+    def plots(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def where(self) -> str | None: ...
 
 
 def plot(grid: Table, x: str = "budget", y: str | None = None, hue: str = "policy") -> Figure:

@@ -56,10 +56,10 @@ class Line:
 
 def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: str, hue: str) -> Figure:
     """Raises ConfigError for a column nobody has, ResultError when no run has a value to draw."""
-    known = {k for row in rows for k in row}
+    known = list(dict.fromkeys(k for row in rows for k in row))
     for column, role in ((x, "x"), (y, "y"), (hue, "hue")):
         columns.check(column, known, role)
-    rows = [row for row in rows if math.isfinite(columns.number(row, y))]
+    rows = [{k: row.get(k) for k in known} for row in rows if math.isfinite(columns.number(row, y))]
     if not rows:
         raise ResultError(
             f'no run has a value of "{y}"', hint="the column is empty for these runs; choose another with --y"
@@ -101,28 +101,31 @@ def _lines(
     measured = {"id", "oracle", "budget_bytes", *runs[0].summary}
     along = "budget" if x in measured else x
     step = columns.axis(along, [row[along] for row in rows])
-    settings = [
-        k for k in rows[0] if k not in measured and k not in (x, hue, along) and len({str(r.get(k)) for r in rows}) > 1
-    ]
+    settings = [k for k in rows[0] if k not in (*measured, x, hue, along) and len({str(r[k]) for r in rows}) > 1]
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((str(row[hue]), *(str(row.get(k)) for k in settings)), []).append(row)
+        groups.setdefault((str(row[hue]), *(str(row[k]) for k in settings)), []).append(row)
     lines = []
     for key, members in groups.items():
         members = sorted(members, key=lambda row: step.place(row[along]))
-        oracle = hue == "policy" and bool(members[0]["oracle"])
-        special = oracle or (hue == "policy" and key[0] == "full")
-        first = "full cache" if special and not oracle else key[0] + " (oracle)" * (oracle and "oracle" not in key[0])
-        name = ", ".join([first, *(f"{columns.title(k)} {v}" for k, v in zip(settings, key[1:], strict=True))])
+        reference = hue == "policy" and (key[0] == "full" or bool(members[0]["oracle"]))
+        name = ", ".join(
+            [_name(key[0], reference), *map(" ".join, zip(map(columns.title, settings), key[1:], strict=True))]
+        )
         points = [(across.place(row[x]), columns.number(row, y) * factor) for row in members]
-        lines.append(Line(key, name, "reference" if special else "policy", points))
+        lines.append(Line(key, name, "reference" if reference else "policy", points))
     if hue == "policy" and y in columns.LOSSLESS and not any(line.key[0] == "full" for line in lines):
         places = [across.place(row[x]) for row in rows]
-        lines.append(
-            Line(("full",), "full cache", "reference", [(p, columns.LOSSLESS[y]) for p in (min(places), max(places))])
-        )
+        whole = [(p, columns.LOSSLESS[y]) for p in (min(places), max(places))]
+        lines.append(Line(("full",), _name("full", True), "reference", whole))
     _dress(lines, hue)
     return lines
+
+
+def _name(value: str, reference: bool) -> str:
+    if not reference or "oracle" in value:
+        return value
+    return "full cache" if value == "full" else f"{value} (oracle)"
 
 
 def _dress(lines: list[Line], hue: str) -> None:

@@ -20,7 +20,7 @@ PREDICTED = "latencies are predicted by the machine model"
 # Kinds of file, and what keeps the clock out of each.
 FORMATS: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _DPI = 160
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 8,

@@ -85,8 +85,8 @@ def draw(result: Result, steps: str | None = None) -> Figure:
     found.set_xlabel(f"time since decode step {first} began ({unit}, predicted)")
     lanes.set_xlim(0, end[-1])
     for ax in (lanes, moved, found):
-        for edge in start if len(start) <= 80 else ():
-            ax.axvline(edge, color=page.FAINT, linewidth=0.5, zorder=0)
+        edges = start if len(start) <= 80 else start[:0]
+        ax.vlines(edges, 0, 1, transform=ax.get_xaxis_transform(), color=page.FAINT, linewidth=0.5, zorder=0)
     _step_numbers(lanes, shown, start, end)
     title = f"Predicted timeline, decode steps {first} to {last - 1}"
     page.head(figure, title, page.facts([result]), "; ".join((_TOTALS, page.PREDICTED, page.CAVEAT)))
@@ -195,6 +195,7 @@ def _moved(ax: Axes, shown: Iterations, start: np.ndarray, end: np.ndarray) -> N
             linewidth=0.3,
         )
         base[sign] = base[sign] + height
+    ax.use_sticky_edges = False
     ax.axhline(0, color=page.GREY, linewidth=0.8)
     ax.yaxis.set_major_formatter(lambda v, _: f"{abs(v):g}")
     ax.set_ylabel(f"per step ({unit})")

@@ -17,11 +17,12 @@ from kvsim.registry import policy
 
 @policy("h2o")
 class H2O:
-    """Heavy-hitter oracle: the largest sums of attention, and a recent window of half the budget. arXiv 2306.14048, drop variant.
+    """Heavy-hitter oracle: the largest sums of attention, and a recent window of half the budget.
 
-    Sum of every row since birth, prompt rows included; forgotten on eviction (modify_llama.py of utils_real_drop). Departures: one
-    decision per KV head on the group's mean row (the published code is multi-head attention only); float32 sums
-    where the code keeps the model's half precision, which stops growing at 2,048.
+    arXiv 2306.14048, drop variant. Sum of every row since birth, prompt rows included; forgotten on eviction
+    (modify_llama.py of utils_real_drop). Departures: one decision per KV head on the group's mean row (the
+    published code is multi-head attention only); float32 sums where the code keeps the model's half precision,
+    which stops growing at 2,048.
     """
 
     family = "heavy hitter"
@@ -36,9 +37,10 @@ class H2O:
 class H2OMask:
     """H2O as a read set: pages are hidden, not dropped, and may return. arXiv 2306.14048, utils_hh/modify_llama.py.
 
-    The budget is `heavy` + `recent` pages; when more exist, the newest `recent` (the incoming one among them) and the
-    `heavy` best of those before the window are read. As in the code, the page that has just left the window is hidden for one step
-    although its score survives; the score of every other hidden page starts again from zero. `recent` is a share of the budget.
+    The budget is `heavy` + `recent` pages; when more exist, the newest `recent` (the incoming one among them) and
+    the `heavy` best of those before the window are read. As in the code, the page that has just left the window is
+    hidden for one step although its score survives; the score of every other hidden page starts again from zero.
+    `recent` is a share of the budget.
     """
 
     family = "heavy hitter"
@@ -68,10 +70,10 @@ class H2OMask:
 
 @policy("tova")
 class Tova:
-    """Keeps what the current token attends to most, one decision per layer; nothing is protected. arXiv 2401.06104, tova_cache.py.
+    """Keeps what the current token attends to most, one decision per layer; nothing is protected.
 
-    The published code averages all query heads; the mean over KV heads of group means is the same number. Rows are renormalised
-    per lane before they are averaged (design decision 13).
+    arXiv 2401.06104, tova_cache.py. The published code averages all query heads; the mean over KV heads of
+    group means is the same number. Rows are renormalised per lane before they are averaged (design decision 13).
     """
 
     family = "heavy hitter"
@@ -87,11 +89,12 @@ class Tova:
 class LazyEviction:
     """Recurrence: keeps what may be needed again within its own largest gap. arXiv 2506.15969, kv_utils.py.
 
-    Per page the last step with weight >= `alpha` (TS) and the largest interval between such steps (MRI); with D = now - TS the
-    score is 2 / (1 + exp(1 + D / (MRI + 1e-5))) + (0 if MRI = 0 else 2 / (1 + exp(MRI - 1))). Decides every `window` steps, keeps the
-    newest `window`, so up to `window` - 1 pages over budget (declared as lag); the prompt is not cut at prefill and its rows are
-    not counted. Integer state ties often: `tie` keeps the "newest" (default), the "oldest", or the larger "last_weight".
-    `dtype = "fp16"` keeps TS and MRI in half precision as the published code does, exact only to 2,048 steps.
+    Per page the last step with weight >= `alpha` (TS) and the largest interval between such steps (MRI); with D =
+    now - TS the score is 2 / (1 + exp(1 + D / (MRI + 1e-5))) + (0 if MRI = 0 else 2 / (1 + exp(MRI - 1))). Decides
+    every `window` steps, keeps the newest `window`, so up to `window` - 1 pages over budget (declared as lag); the
+    prompt is not cut at prefill and its rows are not counted. Integer state ties often: `tie` keeps the "newest"
+    (default), the "oldest", or the larger "last_weight". `dtype = "fp16"` keeps TS and MRI in half precision as the
+    published code does, exact only to 2,048 steps.
 
     Departures: KV heads instead of query heads; `alpha` and `window` default to the paper's Llama-8B on GSM8K.
     """

@@ -1,7 +1,7 @@
 """References that read the whole trace. `foresee` is the only door to the future, and makes a policy an oracle.
 
-Neither is a bound on lossy recall: the step ceiling is (design decision 11). In the offload regime, on unit pages, Belady is a
-true bound on misses.
+Neither is a bound on lossy recall: the step ceiling is (design decision 11). In the offload regime, on unit pages,
+Belady is a true bound on misses.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class MassOracle:
     columns = {"spent": np.int64}
 
     def foresee(self, request, used):
-        total = None
+        total = np.empty((0, 0), np.int64)
         for a in request.accesses():
             if a.prefill:
                 total = np.zeros((a.row.shape[0] * a.row.shape[1], a.row.shape[2]), np.int64)

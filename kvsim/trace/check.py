@@ -12,7 +12,7 @@ from kvsim.errors import TraceError
 from kvsim.trace.access import Trace
 from kvsim.trace.files import read_manifest
 from kvsim.trace.layout import file_hash, fingerprint
-from kvsim.trace.reader import FileSource, open_trace
+from kvsim.trace.reader import FileSource, located, open_trace
 
 _OWN = ("files", "totals", "fingerprint", "format", "version", "encoding", "layers", "kv_heads", "heads", "requests")
 
@@ -72,7 +72,7 @@ def check(path: str | os.PathLike) -> list[str]:
 
     Reads every row and hashes every file. Raises TraceError only where there is no trace to look at.
     """
-    path = Path(path)
+    path = located(path)
     if not path.is_dir():
         read_manifest(path)
     problems: list[str] = []

@@ -23,14 +23,21 @@ from kvsim.trace.files import AGAIN, geometry, group_steps, open_parquet, read_g
 from kvsim.trace.group import Group
 from kvsim.trace.layout import KEYS, attention_name, planes, vectors_name
 
+DEMO = Path(__file__).parent.parent / "data" / "demo.kvtrace"
+
+
+def located(path: str | os.PathLike) -> Path:
+    """Where a trace lies: "demo" is the one that comes with kvsim."""
+    return DEMO if str(path) == "demo" else Path(path)
+
 
 def open_trace(path: str | os.PathLike) -> Trace:
-    """The trace in the directory `path`; its rows are read when asked for.
+    """The trace in the directory `path`, or the one that comes with kvsim for "demo"; rows are read when asked for.
 
     Raises TraceError when there is no trace, its format is foreign or too new, or a file is missing or
     was cut.
     """
-    path = Path(path)
+    path = located(path)
     manifest = read_manifest(path)
     requests = read_table(path / "requests.parquet", ("request", "prompt_len", "n_steps", "tokens"))
     sources = [FileSource(path, manifest, row) for row in requests.to_pylist()]

@@ -120,7 +120,9 @@ def test_a_broken_policy_is_named(methods, words):
     assert 'policy "lru"' in str(caught.value) and "Lru." in caught.value.where
 
 
-@pytest.mark.parametrize(("tier", "words"), [(0, "tier that does not exist"), (3, "tier that does not exist"), ([1, 2, 3], "tiers of shape")])
+@pytest.mark.parametrize(
+    ("tier", "words"), [(0, "tier that does not exist"), (3, "tier that does not exist"), ([1, 2, 3], "tiers of shape")]
+)
 def test_a_broken_offload_policy_is_named(tier, words):
     from kvsim import registry
 
@@ -171,7 +173,8 @@ def test_shares_are_whole_pages():
 
 
 @pytest.mark.parametrize(
-    ("text", "use"), [(1.0, Use()), ("0.5", Use("share", 0.5)), ("share(2)", Use("share", 2.0)), ("weight(1e-4)", Use("weight", 1e-4))]
+    ("text", "use"),
+    [(1.0, Use()), ("0.5", Use("share", 0.5)), ("share(2)", Use("share", 2.0)), ("weight(1e-4)", Use("weight", 1e-4))],
 )
 def test_parse_use(text, use):
     assert parse_use(text) == use
@@ -191,7 +194,10 @@ def test_parse_demand(text, use):
     assert parse_demand(text, THETA) == use
 
 
-@pytest.mark.parametrize("text", ["topk", "topk(1.5)", "dense(3)", "theta(x)", "everything", "", "theta(0)", "topk(-1)", "theta(nan)", "topk(inf)"])
+@pytest.mark.parametrize(
+    "text",
+    ["topk", "topk(1.5)", "dense(3)", "theta(x)", "everything", "", "theta(0)", "topk(-1)", "theta(nan)", "topk(inf)"],
+)
 def test_demands_that_are_refused(text):
     with pytest.raises(ConfigError):
         parse_demand(text, THETA)
@@ -205,7 +211,12 @@ def test_uses_that_are_refused(text):
 
 def test_limits():
     peak, visible = np.array([[0.5, 0.3, 0.2, 0.0]], np.float32), np.array([4])
-    for use, limit in ((Use("share", 2), 0.5), (Use("weight", 0.1), 0.1), (Use("topk", 2), 0.3), (Use("topk", 9), -np.inf)):
+    for use, limit in (
+        (Use("share", 2), 0.5),
+        (Use("weight", 0.1), 0.1),
+        (Use("topk", 2), 0.3),
+        (Use("topk", 9), -np.inf),
+    ):
         assert use.limits(peak, 3, visible).tolist() == pytest.approx([limit])
 
 

@@ -11,7 +11,20 @@ from hypothesis.extra import numpy as hnp
 from kvsim.cache import kernels
 
 TINY = np.float32(1e-45)  # the smallest denormal
-ODD = [-np.inf, np.float32(-3e38), -1.5, -TINY, -0.0, 0.0, TINY, 2 * TINY, 1.0, np.nextafter(np.float32(1), np.float32(2)), 3e38, np.inf]
+ODD = [
+    -np.inf,
+    np.float32(-3e38),
+    -1.5,
+    -TINY,
+    -0.0,
+    0.0,
+    TINY,
+    2 * TINY,
+    1.0,
+    np.nextafter(np.float32(1), np.float32(2)),
+    3e38,
+    np.inf,
+]
 scores = st.one_of(st.sampled_from([float(x) for x in ODD]), st.floats(width=32, allow_nan=False))
 
 
@@ -20,7 +33,10 @@ def rank(guard: bool, score: float, key: int) -> int:
 
 
 @settings(deadline=None)
-@given(st.tuples(st.booleans(), scores, st.integers(0, 2**31 - 1)), st.tuples(st.booleans(), scores, st.integers(0, 2**31 - 1)))
+@given(
+    st.tuples(st.booleans(), scores, st.integers(0, 2**31 - 1)),
+    st.tuples(st.booleans(), scores, st.integers(0, 2**31 - 1)),
+)
 def test_rank_orders_like_the_tuple(a, b):
     assert (rank(*a) < rank(*b)) == (a < b)
     assert (rank(*a) == rank(*b)) == (a == b)
@@ -46,8 +62,8 @@ def choose(score, key, want, *, bit=1, copies=None, head=0, tail=2**30, pinned=-
 
 @settings(max_examples=200, deadline=None)
 @given(
-    hnp.arrays(np.float32, (2, 9), elements=scores), st.permutations(range(9)), st.integers(1, 10), st.integers(0, 3), st.integers(0, 3),
-    st.integers(-1, 9), st.lists(st.booleans(), min_size=9, max_size=9),
+    hnp.arrays(np.float32, (2, 9), elements=scores), st.permutations(range(9)), st.integers(1, 10),
+    st.integers(0, 3), st.integers(0, 3), st.integers(-1, 9), st.lists(st.booleans(), min_size=9, max_size=9),
 )  # fmt: skip
 def test_victims_are_the_lowest_whatever_the_slots(score, order, want, head, tail, pinned, empty):
     """Against a sort by (guarded, score, key); and with columns permuted the same pages leave."""
@@ -57,7 +73,9 @@ def test_victims_are_the_lowest_whatever_the_slots(score, order, want, head, tai
         present = [k for k in range(9) if key[lane, k] >= 0 and k != pinned]
         right = sorted(present, key=lambda k: (k < head or k >= 9 - tail, score[lane, k], k))[:want]
         assert sorted(chosen[lane]) == sorted(right)
-    _, moved = choose(score[:, order], np.ascontiguousarray(key[:, order]), want, head=head, tail=9 - tail, pinned=pinned)
+    _, moved = choose(
+        score[:, order], np.ascontiguousarray(key[:, order]), want, head=head, tail=9 - tail, pinned=pinned
+    )
     assert [sorted(c) for c in moved] == [sorted(c) for c in chosen]
 
 
@@ -94,7 +112,11 @@ def test_runs_of_neighbouring_keys(mask, order):
 
 
 @settings(deadline=None)
-@given(hnp.arrays(np.float32, (4, 37), elements=st.integers(0, 64).map(lambda n: n / 64)), st.integers(1, 37), st.booleans())
+@given(
+    hnp.arrays(np.float32, (4, 37), elements=st.integers(0, 64).map(lambda n: n / 64)),
+    st.integers(1, 37),
+    st.booleans(),
+)
 def test_row_totals(row, keys, paged):
     peak = row / 2 if paged else row
     need, total, used = np.full(4, 0.25, np.float32), np.empty(4, np.float32), np.empty(4, np.int64)

@@ -54,6 +54,8 @@ def test_every_generated_token_follows_from_its_gold_sources(shape, seed):
             assert src == ["!" + w[1:]]
         elif w[0] == "!" and src[0][0] == "n":
             assert src == [w[1:]]
+        elif w[0] == "!":
+            assert src == ["&" + w[1:]] and text[j - 1] in (text[p.need[j][0] - 1], text[p.need[j][0] - 2])
         elif w[0] == "?" and text[j - 1].isdigit():
             assert src == [f"?{(int(w[1:]) - 1) % task.QUESTIONS}"] and text[j - 2][0] == "!"
         else:                                               # a look-up: the same word, found behind its key

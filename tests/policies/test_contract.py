@@ -74,10 +74,17 @@ CLAUSES = {
     "random": (lru(score="return np.random.random(view.key.shape)"), "two runs with the same seed differ"),
     "slots": (lru(score="return np.arange(view.key.shape[-1])"), "pages moved to other slots"),
     "state of another size": (lru(observe=OWN_STATE, score="return self.heat"), "a table that grew"),
-    "state by slot": (lru(observe=BY_SLOT, score="return self.heat[..., :view.key.shape[2]]"), "pages moved to other slots"),
+    "state by slot": (
+        lru(observe=BY_SLOT, score="return self.heat[..., :view.key.shape[2]]"),
+        "pages moved to other slots",
+    ),
     "generator": (lru(score="return view.rng.random(view.key.shape)"), "pages moved to other slots"),
     "private column": (
-        lru(fields="columns = {'heat': np.float32}", observe="view['heat'][:] = view['heat'] / 2 + view.weights", score="return view['heat']"),
+        lru(
+            fields="columns = {'heat': np.float32}",
+            observe="view['heat'][:] = view['heat'] / 2 + view.weights",
+            score="return view['heat']",
+        ),
         None,
     ),
     "no default": (lru(fields="size: int"), 'parameter "size" of policy "broken" has no default'),
@@ -87,10 +94,16 @@ CLAUSES = {
     "batch": (lru(fields="batch = 0"), "batch is 0"),
     "lag": (lru(fields="lag = 1.5"), "lag is 1.5"),
     "column": (lru(fields="columns = {'x': 'many'}"), "not of a NumPy type"),
-    "both regimes": (lru(score="return 1 / (view.now if view.resident.sum() == (view.key >= 0).sum() else 0)"), "failed in score"),
+    "both regimes": (
+        lru(score="return 1 / (view.now if view.resident.sum() == (view.key >= 0).sum() else 0)"),
+        "failed in score",
+    ),
     "select": (lru(fields="def select(self, view): return view.key % 2 == 0"), None),
     "select nothing": (lru(fields="def select(self, view): return view.key > 99"), "select chose no page in some lane"),
-    "select weights": (lru(fields="def select(self, view): return view.weights + 1"), "select returned float32, expected a bool mask"),
+    "select weights": (
+        lru(fields="def select(self, view): return view.weights + 1"),
+        "select returned float32, expected a bool mask",
+    ),
     "select shape": (lru(fields="def select(self, view): return np.ones(7, bool)"), "a read set of shape (7,)"),
     "split": (lru(fields="def split(self, view): return np.full((2, 2, 1), 5)"), None),
     "split shape": (lru(fields="def split(self, view): return np.full(7, 5)"), "budgets of shape (7,)"),

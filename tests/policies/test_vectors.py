@@ -49,7 +49,9 @@ def test_h2o_sums_before_eviction():
 
         def observe(self, view):
             lane = view.key[0, 0] >= 0
-            seen.append({int(k): round(float(m), 4) for k, m in zip(view.key[0, 0][lane], view.mass[0, 0][lane], strict=True)})
+            seen.append(
+                {int(k): round(float(m), 4) for k, m in zip(view.key[0, 0][lane], view.mass[0, 0][lane], strict=True)}
+            )
 
     spy = Spy()
     spy.inner = registry.build("h2o(recent=1)")

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvsim import registry
 from kvsim.cache import kernels
-from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
 from kvsim.errors import ConfigError
 from kvsim.testing import moved
@@ -31,7 +30,7 @@ needs = st.sampled_from(DEMANDS)
 @few
 @given(traces(), bounded, budgets, st.integers(1, 4), st.integers(1, 3), st.booleans())
 def test_budget_is_kept(trace, spec, budget, batch, lag, offload):
-    """A batch never exceeds the budget; a lag does, by at most `lag - 1`, as declared. The audit recounts every step."""
+    """A batch never exceeds the budget; a lag does, by at most `lag - 1`, as declared. The audit recounts."""
     policy = policy_for(spec, batch=batch, lag=lag)
     run = replay(policy, budget, trace, offload="spill" if offload else None, demand=Use("weight", 0.1))
     resident = (run.copies & 1).sum(-1)
@@ -53,7 +52,9 @@ def test_batch_evicts_several_at_once_when_full(trace, budget, batch):
 @given(traces(), st.sampled_from((*ONLINE, *ORACLES, "h2o-mask", "full")), st.booleans())
 def test_full_budget_loses_and_moves_nothing(trace, spec, offload):
     request = trace.requests()[0]
-    run = replay(policy_for(spec), request.stride, trace, offload="spill" if offload else None, demand=Use("share", 1.0))
+    run = replay(
+        policy_for(spec), request.stride, trace, offload="spill" if offload else None, demand=Use("share", 1.0)
+    )
     for out in run.out:
         np.testing.assert_array_equal(out.hit, out.total)
         np.testing.assert_array_equal(out.attended, out.total)
@@ -221,7 +222,9 @@ def test_tiers_too_small_are_refused(host):
 @few
 @given(traces(), bounded, budgets, st.booleans())
 def test_windows_keep_and_need_only_what_is_visible(trace, spec, budget, offload):
-    run = replay(policy_for(spec, granularity="head"), budget, trace, offload="spill" if offload else None, demand=Use("all"))
+    run = replay(
+        policy_for(spec, granularity="head"), budget, trace, offload="spill" if offload else None, demand=Use("all")
+    )
     for a, copies, out in zip(trace.requests()[0].accesses(), run.copies, run.out, strict=True):
         hidden = np.repeat(a.first, trace.lanes[1])[:, None] > np.arange(copies.shape[1])
         assert not (copies > 0)[hidden].any()
@@ -239,7 +242,13 @@ def test_a_page_still_being_filled_stays(trace, spec, budget, offload, batch):
 
 
 @few
-@given(traces(windows=False), st.integers(1, 9), st.integers(0, 4), st.sampled_from((0, 1, 3, "25%", "50%")), st.integers(1, 4))
+@given(
+    traces(windows=False),
+    st.integers(1, 9),
+    st.integers(0, 4),
+    st.sampled_from((0, 1, 3, "25%", "50%")),
+    st.integers(1, 4),
+)
 def test_protection_keeps_what_it_says(trace, budget, sink, recent, batch):
     """A policy that hates exactly what is protected cannot remove it, not even in batches."""
     policy = policy_for("fifo", sink=sink, recent=recent, batch=batch)
@@ -255,7 +264,9 @@ def test_protection_keeps_what_it_says(trace, budget, sink, recent, batch):
 
 
 @few
-@given(traces(windows=False), st.integers(4, 9), st.sampled_from((0.0, 0.1, 0.29, 0.5)), st.sampled_from((0.0, 0.25, 0.5)))
+@given(
+    traces(windows=False), st.integers(4, 9), st.sampled_from((0.0, 0.1, 0.29, 0.5)), st.sampled_from((0.0, 0.25, 0.5))
+)
 def test_protection_in_shares_of_the_budget(trace, budget, head, tail):
     policy = policy_for("fifo", recent=0, protect_head=head, protect_tail=tail)
     policy.score = lambda view: np.where(view.key % 2, -view.key, view.key)

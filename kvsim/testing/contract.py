@@ -1,0 +1,200 @@
+"""The contract of a policy, clause by clause, checked on small traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvsim import registry
+from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.demand import Use
+from kvsim.cache.table import COLUMNS, Table
+from kvsim.errors import KvsimError, PolicyError
+from kvsim.testing.traces import tiny_trace
+from kvsim.trace.access import Access
+
+
+def check_policy(spec: str) -> list[str]:
+    """What is wrong with an eviction or offload policy, in words; empty when nothing is.
+
+    `spec` is a spec string. Small traces are replayed in every regime the policy declares: once as they are, once
+    again, once with pages moved to other slots and once with a table that grows. A policy that needs queries, keys
+    or values is checked for form only.
+    """
+    try:
+        kind, cls = _find(registry.parse_spec(spec).name)
+        instance = registry.build(spec, kind)
+    except KvsimError as error:
+        return [str(error)]
+    problems = _form(instance, kind, cls)
+    if problems or (kind == "policy" and instance.needs - {"colsum", "colsq", "window_rows"}):
+        return problems
+    for regime in ("lossy", "offload") if kind == "policy" else ("offload",):
+        if kind == "offload" or regime in instance.regimes:
+            problems += _behaviour(spec, kind, regime)
+    return list(dict.fromkeys(problems))
+
+
+def _find(name: str) -> tuple[str, type]:
+    try:
+        return "policy", registry.find(name, "policy")
+    except PolicyError:
+        try:
+            return "offload", registry.find(name, "offload")
+        except PolicyError:
+            pass
+        raise
+
+
+def _form(instance: Any, kind: str, cls: type) -> list[str]:
+    """What can be said without running it."""
+    problems = []
+    if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):  # what dataclass writes when there is none
+        problems.append("the class has no docstring: say what it keeps, and where that comes from")
+    if kind == "policy":
+        for name, good in (("granularity", ("head", "layer", "token")), ("rows", ("visible", "full"))):
+            if getattr(instance, name) not in good:
+                problems.append(f"{name} is {getattr(instance, name)!r}, expected one of {', '.join(good)}")
+        for name in ("batch", "lag"):
+            if not isinstance(getattr(instance, name), int) or getattr(instance, name) < 1:
+                problems.append(f"{name} is {getattr(instance, name)!r}, expected a whole number from 1")
+        problems += [
+            f'column "{n}" is not of a NumPy type but {d!r}' for n, d in instance.columns.items() if not _is_dtype(d)
+        ]
+    return problems
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        return value is not None and np.dtype(value).kind in "biuf"
+    except TypeError:
+        return False
+
+
+def _behaviour(spec: str, kind: str, regime: str) -> list[str]:
+    problems: list[str] = []
+    try:
+        first = _replay(_Watched, spec, kind, regime, problems)
+        if problems:
+            return problems
+        for cache, said in (
+            (_Watched, "two runs with the same seed differ: draw from view.rng or a hash, and read no clock"),
+            (_Moved, "pages moved to other slots give other victims: depend on view.key, not on the order of slots"),
+            (_Grown, "a table that grew gives other victims: keep per-page state in `columns`, which the engine moves"),
+        ):
+            try:
+                again = _replay(cache, spec, kind, regime, [])
+            except KvsimError as error:
+                problems.append(f"{said} ({error.what})")
+                continue
+            if not all(np.array_equal(x, y) for x, y in zip(first, again, strict=True)):
+                problems.append(said)
+    except KvsimError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _replay(cache: type, spec: str, kind: str, regime: str, problems: list[str]) -> list[np.ndarray]:
+    """Which keys have a copy in which tier after every step."""
+    policy = registry.build(spec if kind == "policy" else "lru")
+    offload = None if regime == "lossy" else registry.build("spill" if kind == "policy" else spec, "offload")
+    budget = 8 + sum(n for n in (policy.sink, policy.recent) if isinstance(n, int))
+    trace = tiny_trace(prompt=12, steps=max(24, budget + 2 * policy.lag))
+    request, use, found = trace.requests()[0], Use(), []
+    if hasattr(policy, "foresee"):
+        policy.foresee(request, use)
+    demand = None if callable(getattr(policy, "select", None)) else use
+    c = cache(trace.lanes, request.stride, policy, Capacity(budget, ssd=None), offload=offload, use=use, demand=demand)
+    c.problems = problems
+    for a in request.accesses():
+        c.access(a)
+        copies = np.zeros((c.lanes, request.stride + 1), np.uint8)  # empty lines write into the last column
+        np.put_along_axis(copies, c.table.key.astype(np.intp), c.table.copies, 1)
+        found.append(copies[:, :-1])
+    return found
+
+
+class _Watched(Cache):
+    """A cache that compares everything before and after each hook, puts it back, and notes what changed."""
+
+    problems: list[str]
+
+    def _call(self, method: str, *arguments: Any, of: Any = None, optional: bool = False) -> Any:
+        before = self._state()
+        value = super()._call(method, *arguments, of=of, optional=optional)
+        changed = []
+        for name, (now, was) in {n: (x, before[n][1]) for n, x in self._arrays().items()}.items():
+            if not np.array_equal(now, was):
+                changed.append(name)
+                now.flags.writeable = True
+                now[...] = was
+        v = self.view
+        if (v.now, v.keys, v.page_size, v.seed) != before["scalars"][1] or v._table is not self.table:
+            changed.append("the view")
+        if changed:
+            self._note(f"{method} changed {', '.join(changed)}: a view is read-only; keep your own state in `columns`")
+        self._inspect(method, value)
+        return value
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        t = self.table
+        names = (*COLUMNS, "free", "free_count")
+        return {name: getattr(t, name) for name in names} | {"budget": self.budget}
+
+    def _state(self) -> dict[str, tuple]:
+        v = self.view
+        arrays = {name: (x, x.copy()) for name, x in self._arrays().items()}
+        return arrays | {"scalars": (None, (v.now, v.keys, v.page_size, v.seed))}
+
+    def _inspect(self, method: str, value: Any) -> None:
+        array = np.asarray(value)
+        try:
+            array = np.broadcast_to(array, self.view.key.shape)
+        except ValueError:
+            return  # the engine says so
+        if method == "score" and array.dtype.kind == "f" and np.isnan(array[self.view.resident]).any():
+            self._note("score returned NaN for a resident page")
+        if method == "select" and value is not None:
+            if array.dtype != bool:
+                self._note(f"select returned {array.dtype}, expected a bool mask (or None for every page)")
+            elif not (array & (self.view.key >= 0)).any(-1).all():
+                self._note("select chose no page in some lane: attention must read something")
+        if method == "place" and array.dtype.kind not in "iu":
+            self._note(f"place returned {array.dtype}, expected whole numbers: 1 host, 2 SSD, -1 none")
+
+    def _note(self, text: str) -> None:
+        if text not in self.problems:
+            self.problems.append(text)
+
+
+class _Moved(_Watched):
+    """Pages change their slots after every step."""
+
+    def access(self, a: Access):
+        out = super().access(a)
+        self.table = moved(self.table, np.random.default_rng(a.step))
+        self.view.bind(self.table)
+        return out
+
+
+class _Grown(_Watched):
+    """The table gets more lines now and then."""
+
+    def access(self, a: Access):
+        out = super().access(a)
+        if a.step % 3 == 0:
+            self._resize(self.table.slots + 5)
+        return out
+
+
+def moved(table: Table, rng: np.random.Generator) -> Table:
+    """The same pages in slots drawn at random, lane by lane."""
+    new = table.resized(table.slots)
+    order = rng.permuted(np.tile(np.arange(table.slots), (table.lanes, 1)), axis=1)
+    for name in COLUMNS:
+        setattr(new, name, np.take_along_axis(getattr(new, name), order, 1))
+    new.private = {name: np.take_along_axis(c, order, 1) for name, c in new.private.items()}
+    for lane, count in enumerate(new.free_count):
+        new.free[lane, :count] = np.flatnonzero(new.key[lane] < 0)
+    return new
