@@ -22,7 +22,7 @@ bench: $(TEST)/installed
 	for f in benchmarks/*.py; do echo "== $$f"; $(TEST)/bin/python $$f || exit 1; done
 
 golden: $(TEST)/installed
-	$(TEST)/bin/python tests/golden/make.py
+	$(TEST)/bin/python -m tests.golden.make
 
 $(DEMO)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)

@@ -351,7 +351,7 @@ def _policy_seconds(setting: Setting, cache: Cache) -> float:
 
     A fixed model (design decision 21): 8 bytes per page and lane for key and score, 4 for each private column.
     """
-    if not cache.evicts or not cache.policy.bounded:
+    if not (cache.evicts or cache.selects) or not cache.policy.bounded:
         return 0.0
     shape, gpu = setting.shape, setting.hardware.gpu
     assert shape is not None
@@ -368,7 +368,7 @@ def _manifest(setting: Setting, tables: dict[str, dict[str, np.ndarray]], machin
     full = int((tables["requests"]["budget_pages"] >= tables["requests"]["request_pages"]).sum())
     if full and policy.bounded:
         notes.append(f"{full} of {len(tables['requests']['request'])} requests fit into the budget whole: there the cache is the full cache")
-    over = int(policy.lag) - 1
+    over = int(policy.lag) - 1 if setting.lossy else 0
     if over > 0:
         notes.append(f"{config.policy} decides every {policy.lag} steps and may hold {over} pages per lane over the budget; see peak_bytes")
     identity = identify(setting)

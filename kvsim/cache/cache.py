@@ -233,12 +233,21 @@ class Cache:
 
     def _settle(self, a: Access, out: Outcome) -> None:
         self.view.prompt = None
-        if not self.evicts:
-            return
-        due = self.policy.cut_prompt if a.prefill else a.step % self.policy.lag == 0
-        if due:
-            self._split()
-        over = self._over(due)
+        if self.evicts and self._due(a):
+            self._settle_gpu(a, out)
+        if not self.lossy:
+            self._settle_below(a, out)
+
+    def _due(self, a: Access) -> bool:
+        """A lag delays decisions where pages are gone for good; the GPU of the offload regime is full when it is full."""
+        if not self.lossy:
+            return True
+        return self.policy.cut_prompt if a.prefill else a.step % self.policy.lag == 0
+
+    def _settle_gpu(self, a: Access, out: Outcome) -> None:
+        self._split()
+        self._cut = True
+        over = self.table.resident() - self.budget
         if (over > 0).any():
             head, tail = self._protected()
             held = head + np.maximum(tail, a.tokens % self.page_size > 0)  # with the page that is being filled
@@ -252,16 +261,6 @@ class Cache:
                 self._shrink()
             else:
                 self._place(self._mask(chosen, counts), out)
-        if not self.lossy:
-            self._settle_below(a, out)
-
-    def _over(self, due: bool) -> np.ndarray:
-        """Pages above the budget in the lanes that decide now; fetched pages may not stretch the overshoot of a lag."""
-        self._cut = self._cut or due or not self.lossy
-        over = self.table.resident() - self.budget
-        if due:
-            return over
-        return np.zeros_like(over) if self.lossy else np.where(over >= self.policy.lag, over, 0)
 
     def _choose(self, a: Access, bit: int, excess, score, head, tail) -> tuple[np.ndarray, np.ndarray]:
         """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last."""
@@ -424,7 +423,8 @@ class Cache:
         """Recount the table and the budget; an assertion here is a mistake of ours."""
         self.table.audit()
         if self._cut:
-            assert (self.table.resident() <= np.maximum(self.budget, 1) + self.policy.lag - 1).all(), "over budget"
+            late = self.policy.lag - 1 if self.lossy else 0
+            assert (self.table.resident() <= np.maximum(self.budget, 1) + late).all(), "over budget"
 
 
 def _name(policy: Any) -> str:

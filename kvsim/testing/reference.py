@@ -132,7 +132,7 @@ class ReferenceCache:
 
     def _settle(self, a):
         p, v = self.policy, self.v
-        due = p.cut_prompt if a.prefill else a.step % p.lag == 0
+        due = self.offload is not None or (p.cut_prompt if a.prefill else a.step % p.lag == 0)
         if due and hasattr(p, "split"):
             v.budget = np.clip(np.broadcast_to(p.split(v), v.budget.shape), 1, v.key.shape[-1])
         leaving = np.zeros(v.key.shape, bool)
@@ -142,7 +142,7 @@ class ReferenceCache:
             over = int(v.resident[lane].sum() - budget[0])
             head = max(int(window(p.sink, budget, self.page_size)[0]), int(share_of(p.protect_head, budget)[0]))
             tail = max(int(window(p.recent, budget, self.page_size)[0]), int(share_of(p.protect_tail, budget)[0]))
-            if over > 0 and (due or (self.offload is not None and over >= p.lag)):
+            if over > 0 and due:
                 held = head + max(tail, a.tokens % self.page_size > 0)
                 count = max(over, min(p.batch, int(budget[0]) + 1 - held))
                 for key in self._lowest(lane, 1, score[lane], head, a.keys - tail)[:count]:
