@@ -27,7 +27,9 @@ app = typer.Typer(
 trace_app = typer.Typer(no_args_is_help=True, help="Look at, export and check traces.", rich_markup_mode=None)
 app.add_typer(trace_app, name="trace")
 
-TraceArg = Annotated[str, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo" for the one that comes with kvsim.')]
+TraceArg = Annotated[
+    str, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo" for the one that comes with kvsim.')
+]
 Out = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
 
 
@@ -71,16 +73,28 @@ def _fail(error: KvsimError) -> None:
 @app.command()
 def run(
     trace: Annotated[str | None, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo".')] = None,
-    policy: Annotated[str | None, typer.Option(help="A policy, a file.py, or either with parameters: 'h2o(recent=64)'.")] = None,
-    budget: Annotated[str | None, typer.Option(help="20% of the final length, 512 pages per lane, or 4GiB over all lanes.")] = None,
-    regime: Annotated[str | None, typer.Option(help="lossy: evicted pages are gone. offload: they move one tier down.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="A policy, a file.py, or either with parameters: 'h2o(recent=64)'.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="20% of the final length, 512 pages per lane, or 4GiB over all lanes.")
+    ] = None,
+    regime: Annotated[
+        str | None, typer.Option(help="lossy: evicted pages are gone. offload: they move one tier down.")
+    ] = None,
     offload: Annotated[str | None, typer.Option(help="Where victims go: drop, spill, or your own.")] = None,
     demand: Annotated[str | None, typer.Option(help="Offload: dense, theta, theta(0.01), topk(64) or select.")] = None,
-    use: Annotated[str | None, typer.Option(help="A page is used from this share of an equal weight, or weight(1e-4).")] = None,
+    use: Annotated[
+        str | None, typer.Option(help="A page is used from this share of an equal weight, or weight(1e-4).")
+    ] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens per page; 1 in lossy, 16 in offload.")] = None,
     granularity: Annotated[str | None, typer.Option(help="One decision per head, layer or token.")] = None,
-    hardware: Annotated[str | None, typer.Option(help="A shipped machine or a TOML file; see `kvsim list hardware`.")] = None,
-    model: Annotated[str | None, typer.Option(help="Time it as this model: a name or a Hugging Face config.json.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="A shipped machine or a TOML file; see `kvsim list hardware`.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Time it as this model: a name or a Hugging Face config.json.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Host memory for pages, such as 64GiB.")] = None,
     ssd: Annotated[str | None, typer.Option(help="SSD space for pages, such as 1TB.")] = None,
     overlap: Annotated[str | None, typer.Option(help="Copies beside compute: layer, step or none.")] = None,
@@ -88,8 +102,12 @@ def run(
     request: Annotated[list[int] | None, typer.Option(help="Only these requests (repeatable).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random policies.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with the same keys; flags win.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, also hardware.link.h2d.bandwidth=50GB/s.")] = None,
-    references: Annotated[bool, typer.Option(help="Also replay LRU, random and the oracles, and give a verdict.")] = True,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, also hardware.link.h2d.bandwidth=50GB/s.")
+    ] = None,
+    references: Annotated[
+        bool, typer.Option(help="Also replay LRU, random and the oracles, and give a verdict.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
     output: Out = None,
 ) -> None:
@@ -100,7 +118,8 @@ def run(
     from kvsim.config import parse_settings, read_toml, run_config
 
     flags = {
-        "policy": policy, "budget": budget, "regime": regime, "offload": offload, "demand": demand, "use": use, "page_size": page_size,
+        "policy": policy, "budget": budget, "regime": regime, "offload": offload, "demand": demand, "use": use,
+        "page_size": page_size,
         "granularity": granularity, "hardware": hardware, "model": model, "host": host, "ssd": ssd, "overlap": overlap,
         "concurrency": concurrency, "requests": request, "seed": seed,
     }  # fmt: skip
@@ -145,8 +164,9 @@ def _print_run(result: Result, comparison: Any, seconds: float) -> None:
 
     m, c = result.manifest, result.manifest["config"]
     console = _console()
-    title = f"{m['trace']['name']} ({m['trace']['requests']} requests) | {c['policy']} at {c['budget']} ({m['budget_basis']}"
-    title += f", {format_bytes(m['budget_bytes'])} per request) | {c['regime']}, {m['model']['name']} on {m['hardware']['name']}"
+    size = f"{m['budget_basis']}, {format_bytes(m['budget_bytes'])} per request"
+    title = f"{m['trace']['name']} ({m['trace']['requests']} requests) | {c['policy']} at {c['budget']} ({size})"
+    title += f" | {c['regime']}, {m['model']['name']} on {m['hardware']['name']}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for head, kind in (("", "left"), ("value", "right"), ("meaning", "left")):
         table.add_column(head, justify=kind)  # type: ignore[arg-type]
@@ -155,7 +175,13 @@ def _print_run(result: Result, comparison: Any, seconds: float) -> None:
     console.print(table)
     if comparison:
         table = Table(title=f"\n{comparison.metric} at the same budget", title_justify="left", box=None, pad_edge=False)
-        for head, kind in (("", "left"), (comparison.metric, "right"), ("lost", "right"), ("regret", "right"), ("", "left")):
+        for head, kind in (
+            ("", "left"),
+            (comparison.metric, "right"),
+            ("lost", "right"),
+            ("regret", "right"),
+            ("", "left"),
+        ):
             table.add_column(head, justify=kind)  # type: ignore[arg-type]
         for line in comparison.lines:
             regret = f"{comparison.bound - line.value:+.4f}" if line.kind != "full" else ""
@@ -199,14 +225,26 @@ def _policies() -> tuple[list[str], list[list[str]]]:
         cls: Any = registry.find(name)
         defaults = ", ".join(f"{f.name}={f.default}" for f in fields(cls) if not f.name.startswith("protect"))
         kind = "oracle" if hasattr(cls, "foresee") else "read set" if hasattr(cls, "select") else "online"
-        lines.append([name, getattr(cls, "family", ""), kind, cls.granularity, ", ".join(sorted(cls.needs)), cls.evidence, defaults])
+        lines.append(
+            [
+                name,
+                getattr(cls, "family", ""),
+                kind,
+                cls.granularity,
+                ", ".join(sorted(cls.needs)),
+                cls.evidence,
+                defaults,
+            ]
+        )
     return ["policy", "family", "kind", "decides per", "needs", "evidence", "parameters"], lines
 
 
 def _offloads() -> tuple[list[str], list[list[str]]]:
     from kvsim import registry
 
-    return ["offload", "what"], [[n, (registry.find(n, "offload").__doc__ or "").split("\n")[0]] for n in registry.names("offload")]
+    return ["offload", "what"], [
+        [n, (registry.find(n, "offload").__doc__ or "").split("\n")[0]] for n in registry.names("offload")
+    ]
 
 
 def _hardware() -> tuple[list[str], list[list[str]]]:
@@ -219,7 +257,13 @@ def _hardware() -> tuple[list[str], list[list[str]]]:
         kinds = [c.evidence for c in h.constants.values()]
         shares = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
         lines.append(
-            [name, format_bytes(h.gpu.memory), format_bandwidth(h.gpu.kv_bandwidth), format_bandwidth(h.h2d.bandwidth), shares]
+            [
+                name,
+                format_bytes(h.gpu.memory),
+                format_bandwidth(h.gpu.kv_bandwidth),
+                format_bandwidth(h.h2d.bandwidth),
+                shares,
+            ]
         )
     return ["hardware", "GPU memory", "KV bandwidth", "host to GPU", "constants"], lines
 
@@ -292,7 +336,9 @@ def plot(
     folders: Annotated[list[Path], typer.Argument(help="Results of `kvsim run` or `kvsim sweep`.")],
     kind: Annotated[str, typer.Option(help="line, timeline or lanes.")] = "line",
     x: Annotated[str, typer.Option(help="Column on the x axis.")] = "budget",
-    y: Annotated[str | None, typer.Option(help="Column on the y axis; recall, or page_hit_rate in the offload regime.")] = None,
+    y: Annotated[
+        str | None, typer.Option(help="Column on the y axis; recall, or page_hit_rate in the offload regime.")
+    ] = None,
     hue: Annotated[str, typer.Option(help="Column that tells the lines apart.")] = "policy",
     steps: Annotated[str | None, typer.Option(help="Timeline: decode steps, such as 100:140.")] = None,
     output: Out = None,
@@ -314,8 +360,12 @@ def plot(
 def capture(
     model: Annotated[str, typer.Argument(help="A Hugging Face causal language model: a local folder or a name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .kvtrace folder to write.")],
-    prompts: Annotated[Path | None, typer.Option(help="A .txt file (one prompt a line) or .jsonl (prompt, or tokens).")] = None,
-    task: Annotated[Path | None, typer.Option(help="A Python file with sample(seed, index, ...), such as the reasoner's.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt file (one prompt a line) or .jsonl (prompt, or tokens).")
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="A Python file with sample(seed, index, ...), such as the reasoner's.")
+    ] = None,
     task_args: Annotated[str, typer.Option(help="Settings for the task: problems=6,steps=8.")] = "",
     count: Annotated[int, typer.Option(help="Prompts to draw from the task.", min=1)] = 8,
     mode: Annotated[str, typer.Option(help="free: generate greedily. forced: feed the given continuation.")] = "free",
@@ -323,7 +373,9 @@ def capture(
     batch_size: Annotated[int, typer.Option(help="Prompts run together.", min=1)] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    heads: Annotated[str, typer.Option(help="mean over a KV head's query heads, max beside it, or query: no reduction.")] = "mean",
+    heads: Annotated[
+        str, typer.Option(help="mean over a KV head's query heads, max beside it, or query: no reduction.")
+    ] = "mean",
     prompt_rows: Annotated[str, typer.Option(help="How many of the last prompt rows to store, or all.")] = "64",
     vectors: Annotated[bool, typer.Option(help="Store queries, keys and values too.")] = False,
     spans: Annotated[Path | None, typer.Option(help="JSON list of [start, end, name]: column sums per span.")] = None,
@@ -334,23 +386,41 @@ def capture(
 ) -> None:
     """Run a model and store the attention it computes as a trace.
 
-    Example: kvsim capture experiments/reasoner/model --task experiments/reasoner/task.py --task-args problems=6,steps=8 -o my.kvtrace
+    Example: kvsim capture experiments/reasoner/model --task experiments/reasoner/task.py --task-args
+    problems=6,steps=8 -o my.kvtrace
     """
     from kvsim.measure.capture import capture as capture_model
     from kvsim.measure.prompts import task_prompts
 
     if (prompts is None) == (task is None):
-        raise ConfigError("give either --prompts or --task", hint="a file of prompts, or a generator such as experiments/reasoner/task.py")
+        raise ConfigError(
+            "give either --prompts or --task",
+            hint="a file of prompts, or a generator such as experiments/reasoner/task.py",
+        )
     if prompt_rows != "all" and not prompt_rows.isdigit():
         raise ConfigError(f'--prompt-rows "{prompt_rows}"', hint='write a number, or "all"')
     with _Wait("capturing") as wait:
-        given = task_prompts(task, count, seed=seed, settings=task_args) if task else prompts
+        given: Any = task_prompts(task, count, seed=seed, settings=task_args) if task else prompts
         path = capture_model(
-            model, given, output, mode=mode, max_new_tokens=max_new_tokens, batch_size=batch_size, device=device, dtype=dtype,
-            heads=heads, prompt_rows="all" if prompt_rows == "all" else int(prompt_rows), vectors=vectors, spans=spans, keep=keep,
-            lossless=lossless, seed=seed, licence=licence, source=f"{task.name}({task_args})" if task else None,
+            model,
+            given,
+            output,
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            heads=heads,
+            prompt_rows="all" if prompt_rows == "all" else int(prompt_rows),
+            vectors=vectors,
+            spans=spans,
+            keep=keep,
+            lossless=lossless,
+            seed=seed,
+            licence=licence,
+            source=f"{task.name}({task_args})" if task else None,
             progress=lambda done, total, what: wait.update(done, total),
-        )  # fmt: skip
+        )
     typer.echo(f"written {path} in {wait.seconds:.1f} s; look at it with: kvsim trace info {path}")
 
 
@@ -380,9 +450,19 @@ def _lines(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
                 yield from _lines(value, f"{prefix}{key}.")
         elif value is not None:
             size = key.endswith("bytes") and isinstance(value, int) and value > 1024
-            text = format_bytes(value) if size else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+            text = (
+                format_bytes(value)
+                if size
+                else f"{value:.4g}"
+                if isinstance(value, float)
+                else f"{value:,}"
+                if type(value) is int
+                else value
+            )
             if isinstance(value, (list, tuple)):
-                text = "; ".join(", ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in value)
+                text = "; ".join(
+                    ", ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in value
+                )
             yield prefix + key, str(text)
 
 
@@ -403,7 +483,9 @@ def trace_check(trace: TraceArg) -> None:
 
 
 @trace_app.command("export")
-def trace_export(trace: TraceArg, output: Annotated[Path, typer.Option("-o", "--output", help="A .parquet file.")]) -> None:
+def trace_export(
+    trace: TraceArg, output: Annotated[Path, typer.Option("-o", "--output", help="A .parquet file.")]
+) -> None:
     """The long form, one line per kept weight, for pandas, DuckDB or Polars.
 
     Example: kvsim trace export demo -o weights.parquet
@@ -430,7 +512,12 @@ class _Wait:
 
         if not compiled():
             typer.echo("compiling the kernels: once per installation, up to 20 s", err=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+        )
         self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
         self.task = self.bar.add_task(self.what, total=1)
         self.bar.start()

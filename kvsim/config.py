@@ -20,9 +20,12 @@ PREFIX = "hardware."
 class RunConfig(BaseModel):
     """Everything that decides a run's result, together with the trace's content and a plug-in's source.
 
-    `budget`: "20%" of each request's final length, a number of pages per lane, or bytes over all lanes. `use`: a share of the
-    visible tokens, or "weight(1e-4)". `host`, `ssd`: bytes for all requests together; None takes the hardware file's. `model`: time
-    the run as this model (a name, or a Hugging Face config.json) instead of the captured one. `constants`: hardware constants by
+    `budget`: "20%" of each request's final length, a number of pages per lane, or bytes over all lanes. `use`: a
+    share of the
+    visible tokens, or "weight(1e-4)". `host`, `ssd`: bytes for all requests together; None takes the hardware file's.
+    `model`: time
+    the run as this model (a name, or a Hugging Face config.json) instead of the captured one. `constants`: hardware
+    constants by
     dotted key, as in `--set hardware.link.h2d.bandwidth=50GB/s`.
     """
 
@@ -61,7 +64,9 @@ class RunConfig(BaseModel):
                 hint="lossy: evicted pages are gone (drop); offload: they move one tier down (spill)",
             )
         if regime == "lossy" and self.demand != "dense":
-            raise ConfigError(f'demand = "{self.demand}" has no meaning in the lossy regime', hint="use --regime offload")
+            raise ConfigError(
+                f'demand = "{self.demand}" has no meaning in the lossy regime', hint="use --regime offload"
+            )
         parse_budget(self.budget)
         parse_demand(self.demand, parse_use(self.use))
         for key in ("host", "ssd"):

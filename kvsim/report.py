@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsim.config import RunConfig, run_config
+from kvsim.replay import Replay, prepare
 from kvsim.results import Result
-from kvsim.simulate import Replay, prepare
 from kvsim.trace.access import Trace
 from kvsim.units import format_bandwidth, format_bytes, format_seconds
 
@@ -23,7 +23,10 @@ REFERENCES = {"lossy": ("random", "lru", "belady", "mass-oracle"), "offload": ("
 
 @dataclass(frozen=True)
 class Line:
-    """One policy at the run's budget. `value` is recall (lossy) or page hit rate (offload); `kind` says what it may be used for."""
+    """One policy at the run's budget. `value` is recall (lossy) or page hit rate (offload).
+
+    `kind` says what it may be used for.
+    """
 
     name: str
     value: float
@@ -73,7 +76,8 @@ def compare(trace: Trace, result: Result, progress: Callable[[int, int], None] |
 
 
 def judge(policy: float, bound: float) -> str:
-    """ "capacity" when at least two thirds of the loss lie above the bound, "policy" when they lie below it, else "both"."""
+    """ "capacity" when at least two thirds of the loss lie above the bound, "policy" when they lie below it, else
+    "both"."""
     loss = 1.0 - policy
     if loss < 5e-4:
         return "none"
@@ -111,12 +115,20 @@ def summary_rows(result: Result) -> list[tuple[str, str, str]]:
     lossy = c["regime"] == "lossy"
     rows = [("recall", f"{s['recall']:.4f}", "attention mass that the decode steps still read")]
     if not lossy:
-        rows.append(("page hit rate", f"{s['page_hit_rate']:.4f}", f"needed pages found on the GPU, demand {c['demand']}"))
+        rows.append(
+            ("page hit rate", f"{s['page_hit_rate']:.4f}", f"needed pages found on the GPU, demand {c['demand']}")
+        )
         rows.append(("mass hit rate", f"{s['mass_hit_rate']:.4f}", "attention mass found on the GPU"))
     else:
-        rows.append(("recurrence loss", f"{s['recurrence_loss']:.4f}", "uses of a page that had been evicted, of all uses"))
+        rows.append(
+            ("recurrence loss", f"{s['recurrence_loss']:.4f}", "uses of a page that had been evicted, of all uses")
+        )
     rows += [
-        ("TPOT p50 / p99", f"{format_seconds(s['tpot_p50_s'])} / {format_seconds(s['tpot_p99_s'])}", "per output token, predicted"),
+        (
+            "TPOT p50 / p99",
+            f"{format_seconds(s['tpot_p50_s'])} / {format_seconds(s['tpot_p99_s'])}",
+            "per output token, predicted",
+        ),
         ("TTFT mean", format_seconds(s["ttft_mean_s"]), "from admission, predicted"),
         ("stall share", f"{s['stall_share']:.1%}", "GPU waiting for pages, of decode time"),
         ("peak KV on GPU", format_bytes(s["peak_bytes"]), "of the largest request"),
@@ -124,6 +136,7 @@ def summary_rows(result: Result) -> list[tuple[str, str, str]]:
     links = result.tables["links"]
     for i, name in enumerate(links["link"]):
         if links["bytes"][i]:
-            meaning = f"busy {links['utilisation'][i]:.1%}, {format_bandwidth(links['bytes'][i] / links['busy_s'][i])} while busy"
+            rate = format_bandwidth(links["bytes"][i] / links["busy_s"][i])
+            meaning = f"busy {links['utilisation'][i]:.1%}, {rate} while busy"
             rows.append((f"{name} {links['direction'][i]}", format_bytes(links["bytes"][i]), meaning))
     return rows

@@ -25,21 +25,26 @@ if TYPE_CHECKING:
 SCHEMA = 1
 STEPS = {
     "request": np.int32, "step": np.int32, "start_s": np.float64, "end_s": np.float64, "compute_s": np.float64,
-    "stall_s": np.float64, "weight": np.float64, "attended": np.float64, "hit": np.float64, "ceiling": np.float64, "used_pages": np.int64,
+    "stall_s": np.float64, "weight": np.float64, "attended": np.float64, "hit": np.float64, "ceiling": np.float64,
+    "used_pages": np.int64,
     "found_pages": np.int64, "resident_pages": np.int64, "read_bytes": np.float64, "fetched_host_bytes": np.float64,
-    "fetched_ssd_bytes": np.float64, "spilled_host_bytes": np.float64, "spilled_ssd_bytes": np.float64, "dropped_pages": np.int64,
+    "fetched_ssd_bytes": np.float64, "spilled_host_bytes": np.float64, "spilled_ssd_bytes": np.float64,
+    "dropped_pages": np.int64,
 }  # fmt: skip
 REQUESTS = {
-    "request": np.int32, "prompt_tokens": np.int32, "output_tokens": np.int32, "admitted_s": np.float64, "first_token_s": np.float64,
+    "request": np.int32, "prompt_tokens": np.int32, "output_tokens": np.int32, "admitted_s": np.float64,
+    "first_token_s": np.float64,
     "finish_s": np.float64, "ttft_s": np.float64, "tpot_s": np.float64, "recall": np.float64, "hit_rate": np.float64,
     "budget_pages": np.int64, "request_pages": np.int64, "peak_pages": np.int64, "peak_bytes": np.float64,
 }  # fmt: skip
 LANES = {
-    "layer": np.int16, "kv_head": np.int16, "weight": np.float64, "attended": np.float64, "hit": np.float64, "used_pages": np.int64,
+    "layer": np.int16, "kv_head": np.int16, "weight": np.float64, "attended": np.float64, "hit": np.float64,
+    "used_pages": np.int64,
     "found_pages": np.int64,
 }  # fmt: skip
 LINKS = {
-    "link": str, "direction": str, "bytes": np.float64, "transfers": np.int64, "busy_s": np.float64, "waited_s": np.float64,
+    "link": str, "direction": str, "bytes": np.float64, "transfers": np.int64, "busy_s": np.float64, "waited_s":
+    np.float64,
     "utilisation": np.float64,
 }  # fmt: skip
 TABLES: dict[str, dict[str, Any]] = {"steps": STEPS, "requests": REQUESTS, "lanes": LANES, "links": LINKS}
@@ -58,13 +63,24 @@ class Recorder:
             self.columns[name].append(value)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {n: np.array(v, dtype=self.schema[n] if self.schema[n] is not str else object) for n, v in self.columns.items()}
+        return {
+            n: np.array(v, dtype=self.schema[n] if self.schema[n] is not str else object)
+            for n, v in self.columns.items()
+        }
 
 
 class Result:
-    """One run. `steps`, `requests`, `lanes`, `links` are DataFrames; `summary` is a flat dict; `manifest` says how it was made."""
+    """One run. `steps`, `requests`, `lanes`, `links` are DataFrames; `summary` is a flat dict.
 
-    def __init__(self, tables: Mapping[str, Mapping[str, np.ndarray]], manifest: dict[str, Any], timing: dict[str, Any] | None = None):
+    `manifest` says how it was made.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Mapping[str, np.ndarray]],
+        manifest: dict[str, Any],
+        timing: dict[str, Any] | None = None,
+    ):
         self.tables, self.manifest, self.timing = tables, manifest, dict(timing or {})
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +105,10 @@ class Result:
         return self.manifest["id"]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder whole or not at all. Raises ResultError when it cannot be written, or exists with another run."""
+        """Write the folder whole or not at all.
+
+        Raises ResultError when it cannot be written, or exists with another run.
+        """
         folder = Path(folder)
         with beside(folder) as partial:
             write_json(partial / "manifest.json", self.manifest)
@@ -112,7 +131,9 @@ def open_result(folder: str | Path) -> Result:
             for t in [pq.read_table(folder / f"{name}.parquet")]
         }
     except (OSError, ValueError) as error:
-        raise ResultError(f"not a result folder: {error}", where=str(folder), hint="give a folder that `kvsim run -o` wrote") from None
+        raise ResultError(
+            f"not a result folder: {error}", where=str(folder), hint="give a folder that `kvsim run -o` wrote"
+        ) from None
     if manifest.get("schema") != SCHEMA:
         raise ResultError(f"result schema {manifest.get('schema')}, this kvsim reads {SCHEMA}", where=str(folder))
     return Result(tables, manifest)
@@ -132,17 +153,17 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
     gaps = _token_gaps(s)
     span = (s["end_s"] - s["start_s"])[d].sum()
     out = {
-        "recall": _ratio(s["attended"][d].sum(), weight),
-        "mass_hit_rate": _ratio(s["hit"][d].sum(), weight),
-        "page_hit_rate": _ratio(s["found_pages"][d].sum(), used),
-        "recurrence_loss": 1 - _ratio(s["found_pages"][d].sum(), used),
+        "recall": ratio(s["attended"][d].sum(), weight),
+        "mass_hit_rate": ratio(s["hit"][d].sum(), weight),
+        "page_hit_rate": ratio(s["found_pages"][d].sum(), used),
+        "recurrence_loss": 1 - ratio(s["found_pages"][d].sum(), used),
         "lost_pages": int(used - s["found_pages"][d].sum()),
-        "ceiling": _ratio(s["ceiling"][d].sum(), weight) if np.isfinite(s["ceiling"][d]).all() else float("nan"),
+        "ceiling": ratio(s["ceiling"][d].sum(), weight) if np.isfinite(s["ceiling"][d]).all() else float("nan"),
         "tpot_p50_s": _quantile(gaps, 0.5),
         "tpot_p90_s": _quantile(gaps, 0.9),
         "tpot_p99_s": _quantile(gaps, 0.99),
         "ttft_mean_s": float(r["ttft_s"].mean()),
-        "stall_share": _ratio(s["stall_s"][d].sum(), span),
+        "stall_share": ratio(s["stall_s"][d].sum(), span),
         "peak_bytes": float(r["peak_bytes"].max()),
         "decode_steps": int(d.sum()),
         "end_s": float(s["end_s"].max()),
@@ -159,7 +180,8 @@ def _token_gaps(s: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.diff(end)[request[1:] == request[:-1]]
 
 
-def _ratio(a: float, b: float) -> float:
+def ratio(a: float, b: float) -> float:
+    """a / b; 1 where there was nothing to find."""
     return float(a / b) if b else 1.0
 
 
@@ -175,7 +197,9 @@ def beside(final: Path) -> Iterator[Path]:
     """
     partial = final.with_name(final.name + ".partial")
     if final.exists() and not (final / "manifest.json").exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ResultError("the name is taken by something that is not a kvsim result", where=str(final), hint="choose another with -o")
+        raise ResultError(
+            "the name is taken by something that is not a kvsim result", where=str(final), hint="choose another with -o"
+        )
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():
@@ -186,7 +210,9 @@ def beside(final: Path) -> Iterator[Path]:
             shutil.rmtree(final)
         os.replace(partial, final)
     except OSError as error:
-        raise ResultError(f"cannot write: {error.strerror or error}", where=str(final), hint="choose another folder with -o") from None
+        raise ResultError(
+            f"cannot write: {error.strerror or error}", where=str(final), hint="choose another folder with -o"
+        ) from None
     finally:
         if partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
@@ -201,7 +227,9 @@ def file_beside(final: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, final)
     except OSError as error:
-        raise ResultError(f"cannot write: {error.strerror or error}", where=str(final), hint="choose another place with -o") from None
+        raise ResultError(
+            f"cannot write: {error.strerror or error}", where=str(final), hint="choose another place with -o"
+        ) from None
     finally:
         with suppress(OSError):  # where the folder itself is none
             partial.unlink(missing_ok=True)

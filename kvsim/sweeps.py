@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvsim import results
-from kvsim.config import RunConfig, parse_settings, read_toml, run_config
+from kvsim.config import parse_settings, read_toml, run_config
 from kvsim.errors import ConfigError, ResultError
+from kvsim.replay import prepare
 from kvsim.report import VERDICTS, judge
 from kvsim.results import Result, open_result
-from kvsim.simulate import identify, prepare, run
+from kvsim.simulate import identify, run
 from kvsim.trace.access import Trace
 
 if TYPE_CHECKING:
@@ -52,18 +53,27 @@ def read_sweep(path: str | Path, settings: list[str] | None = None) -> Plan:
     if not isinstance(table.get("sweep"), dict):
         raise ConfigError("no [sweep] table", where=where, hint='write [sweep] and an axis: policy = ["h2o", "lru"]')
     if not isinstance(table.get("trace"), str):
-        raise ConfigError("no trace is named", where=where, hint='write trace = "traces/reasoner.kvtrace", or trace = "demo"')
+        raise ConfigError(
+            "no trace is named", where=where, hint='write trace = "traces/reasoner.kvtrace", or trace = "demo"'
+        )
     base = {k: v for k, v in table.items() if k not in _SKIP}
     plots = table.get("plot", [])
     points, axes = expand(base, table["sweep"], where)
     for point in points:
         run_config(point, where=where)
     return Plan(
-        str(table.get("name", Path(path).stem)), table["trace"], points, axes, plots if isinstance(plots, list) else [plots], where
+        str(table.get("name", Path(path).stem)),
+        table["trace"],
+        points,
+        axes,
+        plots if isinstance(plots, list) else [plots],
+        where,
     )
 
 
-def expand(base: Mapping[str, Any], sweep: Mapping[str, Any], where: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+def expand(
+    base: Mapping[str, Any], sweep: Mapping[str, Any], where: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """All points of a [sweep] table and of each [[sweep.also]], without repeats, and the keys that vary."""
     points: list[dict[str, Any]] = []
     axes: list[str] = []
@@ -163,7 +173,9 @@ def open_results(folder: str | Path) -> Grid:
     folder = Path(folder)
     found = sorted(p.parent for p in folder.glob("**/manifest.json"))
     if not found:
-        raise ResultError("no result here", where=str(folder), hint="give a folder that `kvsim run` or `kvsim sweep` wrote")
+        raise ResultError(
+            "no result here", where=str(folder), hint="give a folder that `kvsim run` or `kvsim sweep` wrote"
+        )
     opened = [open_result(p) for p in found]
     configs = [flat_config(r) for r in opened]
     axes = [k for k in dict.fromkeys(k for c in configs for k in c) if len({str(c.get(k)) for c in configs}) > 1]
@@ -189,7 +201,12 @@ class Grid:
     def rows(self) -> list[dict[str, Any]]:
         """One flat mapping per run."""
         extra = [
-            {"id": r.id, "oracle": r.manifest["policy"]["oracle"], "budget_bytes": r.manifest["budget_bytes"], **r.summary}
+            {
+                "id": r.id,
+                "oracle": r.manifest["policy"]["oracle"],
+                "budget_bytes": r.manifest["budget_bytes"],
+                **r.summary,
+            }
             for r in self.runs
         ]
         return [{**flat_config(r), **e} for r, e in zip(self.runs, extra, strict=True)]
@@ -235,7 +252,9 @@ class Grid:
         lines = []
         for r in rows:
             found = [cells.get((r, b)) for b in budgets]
-            lines.append([r, *(f"{c[self.metric]:.3f} | {format_seconds(c['tpot_p99_s'])}" if c else "" for c in found)])
+            lines.append(
+                [r, *(f"{c[self.metric]:.3f} | {format_seconds(c['tpot_p99_s'])}" if c else "" for c in found)]
+            )
         if self.metric == "recall":
             bounds = [self._bound(b) for b in budgets]
             lines.append(["step ceiling (bound)", *("" if np.isnan(x) else f"{x:.3f} |" for x in bounds)])
@@ -258,7 +277,8 @@ class Grid:
             best = max(rows, key=lambda r: r[self.metric])
             value, bound = best[self.metric], self._bound(budget)
             lines.append(
-                f"at {budget}: best online policy {best['policy']}, {self.metric.replace('_', ' ')} {value:.3f} of a possible {bound:.3f} "
+                f"at {budget}: best online policy {best['policy']}, "
+                f"{self.metric.replace('_', ' ')} {value:.3f} of a possible {bound:.3f} "
                 f"(full cache 1, regret {bound - value:.3f}); verdict: {VERDICTS[judge(value, bound)]}"
             )
         return lines

@@ -28,7 +28,9 @@ def toy(trace, tmp_path_factory):
 
 
 def kvsim(*arguments, cwd, check=None, **kwargs):
-    done = subprocess.run([sys.executable, "-m", "kvsim", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, **kwargs)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvsim", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, **kwargs
+    )
     if check is not None:
         assert done.returncode == check, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
@@ -37,7 +39,17 @@ def kvsim(*arguments, cwd, check=None, **kwargs):
 
 def test_run_prints_the_answer_and_writes_the_result(toy, tmp_path):
     done = kvsim("run", toy, "--policy", "h2o", "--budget", "30%", "-o", "out", cwd=tmp_path, check=0)
-    for word in ("recall", "TPOT", "stall share", "step ceiling", "belady", "verdict:", "open loop", "predicted", "regret"):
+    for word in (
+        "recall",
+        "TPOT",
+        "stall share",
+        "step ceiling",
+        "belady",
+        "verdict:",
+        "open loop",
+        "predicted",
+        "regret",
+    ):
         assert word in done.stdout, word
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["config"]["policy"] == "h2o" and manifest["summary"]["decode_steps"] == 60
@@ -56,7 +68,9 @@ def test_two_processes_write_the_same_bytes(toy, tmp_path):
 
 
 def test_dry_run_prints_a_configuration_that_runs(toy, tmp_path):
-    done = kvsim("run", toy, "--regime", "offload", "--budget", "9", "--page-size", 1, "--dry-run", cwd=tmp_path, check=0)
+    done = kvsim(
+        "run", toy, "--regime", "offload", "--budget", "9", "--page-size", 1, "--dry-run", cwd=tmp_path, check=0
+    )
     (tmp_path / "run.toml").write_text(done.stdout)
     a = kvsim("run", "--config", "run.toml", "--no-references", "-o", "a", cwd=tmp_path, check=0)
     assert "written to a" in a.stdout
@@ -99,14 +113,17 @@ def test_bad_input_is_two_and_three_lines(toy, tmp_path, arguments, says):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "kvsim", "--debug", "run", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvsim", "--debug", "run", "nowhere"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert "Traceback" in done.stderr
 
 
 def test_an_interrupt_is_130_and_leaves_nothing(toy, tmp_path):
     (tmp_path / "slow.py").write_text(
         "import time\nfrom kvsim import policy\n\n@policy('slow')\nclass Slow:\n    'Waits.'\n"
-        "    def score(self, view):\n        print('started', flush=True)\n        time.sleep(0.2)\n        return view.last\n"
+        "    def score(self, view):\n        print('started', flush=True)\n"
+        "        time.sleep(0.2)\n        return view.last\n"
     )
     command = [sys.executable, "-m", "kvsim", "run", str(toy), "--policy", "slow.py", "--budget", "30%", "-o", "out"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -122,7 +139,8 @@ def test_a_full_disk_leaves_no_result(toy, tmp_path):
     """A real limit on file size: the kernel refuses the write, as it does when the disk is full."""
     script = (
         "import resource, runpy, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nsys.argv = ['kvsim'] + sys.argv[1:]\nrunpy.run_module('kvsim', run_name='__main__')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nsys.argv = ['kvsim'] + sys.argv[1:]\n"
+        "runpy.run_module('kvsim', run_name='__main__')\n"
     )
     arguments = ["run", str(toy), "--policy", "lru", "--budget", "30%", "--no-references", "-o", "out"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
@@ -167,7 +185,8 @@ def test_sweep_resumes_and_draws(toy, tmp_path):
 
 def test_a_failing_point_stops_the_sweep_with_its_reason(toy, tmp_path):
     (tmp_path / "nan.py").write_text(
-        "from kvsim import policy\n\n@policy('nan')\nclass Nan:\n    'Not a number.'\n    def score(self, view):\n        return view.last * float('nan')\n"
+        "from kvsim import policy\n\n@policy('nan')\nclass Nan:\n    'Not a number.'\n"
+        "    def score(self, view):\n        return view.last * float('nan')\n"
     )
     text = SWEEP.format(trace=toy).replace('"full", "lru"', '"lru", "nan.py"')
     (tmp_path / "s.toml").write_text(text)
@@ -185,7 +204,9 @@ def test_list_and_trace_commands(toy, tmp_path):
     kvsim("trace", "export", toy, "-o", "long.parquet", cwd=tmp_path, check=0)
     import pyarrow.parquet as pq
 
-    assert {"request", "step", "layer", "head", "position", "weight"} <= set(pq.read_schema(tmp_path / "long.parquet").names)
+    assert {"request", "step", "layer", "head", "position", "weight"} <= set(
+        pq.read_schema(tmp_path / "long.parquet").names
+    )
 
 
 def test_plot_draws_a_timeline_and_lanes(toy, tmp_path):
@@ -195,19 +216,24 @@ def test_plot_draws_a_timeline_and_lanes(toy, tmp_path):
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["run", "sweep", "plot", "list", "check", "capture", "trace info", "trace check", "trace export"])
+@pytest.mark.parametrize(
+    "command", ["run", "sweep", "plot", "list", "check", "capture", "trace info", "trace check", "trace export"]
+)
 def test_help_has_an_example(command, tmp_path):
     done = kvsim(*command.split(), "--help", cwd=tmp_path, check=0)
     assert re.search(rf"Example:\s+kvsim {command}", done.stdout)
 
 
 def test_light_imports(tmp_path):
-    code = "import sys, kvsim, kvsim.cli; print([m for m in ('torch', 'matplotlib', 'numba', 'pandas', 'pyarrow', 'simpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).stdout.strip() == "[]"
+    heavy = ("torch", "matplotlib", "numba", "pandas", "pyarrow", "simpy")
+    code = f"import sys, kvsim, kvsim.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).stdout.strip()
+        == "[]"
+    )
     code = (
         "import sys\nfor m in ('pydantic', 'simpy', 'typer', 'tomli_w'): sys.modules[m] = None\n"
-        "import kvsim.trace.reader, kvsim.trace.format, kvsim.cache.cache, kvsim.policies.attention, kvsim.measure, kvsim.registry as r\nr.load_all()"
+        "import kvsim.trace.reader, kvsim.trace.format, kvsim.cache.cache, kvsim.policies.attention, kvsim.measure\n"
+        "import kvsim.registry\nkvsim.registry.load_all()"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).returncode == 0
-
-

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 import kvsim
 from kvsim.config import RunConfig, parse_settings, run_config
 from kvsim.errors import ConfigError, KvsimError, PolicyError, ResultError, TraceError
+from kvsim.replay import Replay, prepare
 from kvsim.results import STEPS, TABLES, open_result
-from kvsim.simulate import Replay, prepare, run
+from kvsim.simulate import run
 from kvsim.trace.access import Geometry, dense_trace
 
 from .conftest import SIZES, random_source
@@ -23,7 +24,14 @@ ONLINE = ["random", "fifo", "lru", "lfu", "streaming-llm(sink=2)", "h2o", "h2o-m
 @pytest.mark.parametrize("policy", ["full", *ONLINE, "belady", "mass-oracle"])
 @pytest.mark.parametrize("regime", ["lossy", "offload"])
 def test_every_policy_runs_in_both_regimes(trace, policy, regime):
-    r = run(trace, policy=policy, regime=regime, budget="50%", page_size=1, demand="theta" if regime == "offload" else "dense")
+    r = run(
+        trace,
+        policy=policy,
+        regime=regime,
+        budget="50%",
+        page_size=1,
+        demand="theta" if regime == "offload" else "dense",
+    )
     assert r.summary["decode_steps"] == 60
     assert 0 < r.recall <= 1 + 1e-6
     assert np.isfinite(r.steps["end_s"]).all() and (r.steps["end_s"] > r.steps["start_s"]).all()
@@ -45,7 +53,9 @@ def test_dense_offload_fetches_what_the_budget_cannot_hold(trace):
     r = run(trace, policy="lru", budget="10", regime="offload", page_size=1)
     page = 2 * 16 * 2.0  # keys and values, head_dim 16, two bytes
     lanes = 4
-    expected = sum(24 + t - 1 - 10 for t in range(1, 21)) * lanes * page * 3  # three requests, 24 prompt tokens, 20 steps
+    expected = (
+        sum(24 + t - 1 - 10 for t in range(1, 21)) * lanes * page * 3
+    )  # three requests, 24 prompt tokens, 20 steps
     assert r.summary["fetched_host_bytes"] == expected
     # everything is used in every step, so the older pages leave; each is written once, the newest ten never
     assert r.summary["spilled_host_bytes"] == 34 * lanes * page * 3
@@ -64,7 +74,14 @@ def test_no_policy_is_above_the_step_ceiling(policy, budget, page_size):
 
 
 def test_a_faster_link_never_makes_a_run_longer(trace):
-    base = dict(policy="lru", budget="20%", page_size=1, regime="offload", model="llama-3.1-8b", concurrency=3)
+    base = {
+        "policy": "lru",
+        "budget": "20%",
+        "page_size": 1,
+        "regime": "offload",
+        "model": "llama-3.1-8b",
+        "concurrency": 3,
+    }
     slow = run(trace, **base, constants={"link.h2d.bandwidth": "1GB/s"})
     fast = run(trace, **base, constants={"link.h2d.bandwidth": "2GB/s"})
     assert fast.summary["end_s"] < slow.summary["end_s"]
@@ -154,7 +171,11 @@ def test_a_budget_above_the_need_is_the_full_cache_and_is_noted_once(trace):
         ({"concurrency": 0}, ConfigError, "concurrency"),
         ({"page_size": 0}, ConfigError, "page_size"),
         ({"colour": "red"}, ConfigError, "colour"),
-        ({"regime": "offload", "host": "100B", "ssd": "0B", "budget": "4", "page_size": 1}, ConfigError, "raise --host"),
+        (
+            {"regime": "offload", "host": "100B", "ssd": "0B", "budget": "4", "page_size": 1},
+            ConfigError,
+            "raise --host",
+        ),
         ({"policy": "h2o(recent='half')"}, ConfigError, "half"),
         ({"use": "weight(-1)"}, ConfigError, "above zero"),
     ],
@@ -174,8 +195,17 @@ def test_a_model_the_trace_does_not_describe_is_not_invented():
 
 
 def test_a_what_if_model_moves_its_own_bytes(trace, tmp_path):
-    config = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
-              "head_dim": 32, "intermediate_size": 512, "vocab_size": 1000, "dtype": "bfloat16"}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "intermediate_size": 512,
+        "vocab_size": 1000,
+        "dtype": "bfloat16",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     own = run(trace, policy="lru", budget="20%", regime="offload", page_size=1)
     other = run(trace, policy="lru", budget="20%", regime="offload", page_size=1, model=str(tmp_path / "config.json"))
@@ -193,7 +223,16 @@ def test_bytes_on_the_link_are_the_bytes_of_the_steps(trace):
 
 def test_a_small_host_overflows_to_the_ssd(trace):
     lanes_page = 4 * 64
-    r = run(trace, policy="lru", budget="8", regime="offload", demand="theta", page_size=1, host=f"{12 * lanes_page}B", ssd="1MB")
+    r = run(
+        trace,
+        policy="lru",
+        budget="8",
+        regime="offload",
+        demand="theta",
+        page_size=1,
+        host=f"{12 * lanes_page}B",
+        ssd="1MB",
+    )
     assert r.summary["spilled_ssd_bytes"] > 0 and r.summary["fetched_ssd_bytes"] > 0
     assert r.recall == pytest.approx(1, abs=0.2) and r.steps["dropped_pages"].sum() == 0
 
@@ -246,7 +285,9 @@ def test_a_user_policy_in_one_file(trace, tmp_path):
 )
 def test_a_policy_that_breaks_its_contract_is_named(trace, tmp_path, body, says):
     file = tmp_path / "broken.py"
-    file.write_text(f"from kvsim import policy\n\n@policy('broken')\nclass Broken:\n    def score(self, view):\n        {body}\n")
+    file.write_text(
+        f"from kvsim import policy\n\n@policy('broken')\nclass Broken:\n    def score(self, view):\n        {body}\n"
+    )
     with pytest.raises(PolicyError) as caught:
         run(trace, policy=str(file), budget="30%")
     assert says in str(caught.value) and "broken.py" in str(caught.value)

@@ -24,23 +24,28 @@ each of them is a training signal, and a greedy decode either follows the only r
 
 Only numpy and the standard library are needed here.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
 
-NAMES = 160         # pool of names; one pack uses steps*problems + problems + constants of them
-LABELS = 16         # problem labels #0..#15, used in cyclic order from a random start
-QUESTIONS = 64      # question labels ?0..?63, the same
-CONSTANTS = 5       # given values per pack
-ASKS = 3            # questions per problem
-PARETO = 1.1        # tail exponent of the distance of an operand, in nodes
+NAMES = 160  # pool of names; one pack uses steps*problems + problems + constants of them
+LABELS = 16  # problem labels #0..#15, used in cyclic order from a random start
+QUESTIONS = 64  # question labels ?0..?63, the same
+CONSTANTS = 5  # given values per pack
+ASKS = 3  # questions per problem
+PARETO = 1.1  # tail exponent of the distance of an operand, in nodes
 
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "go"]
-VOCAB: list[str] = (_SPECIAL + [str(d) for d in range(10)] + [f"#{i}" for i in range(LABELS)]
-                    + [f"?{i}" for i in range(QUESTIONS)]
-                    + [f"{c}n{i}" for c in ("", "@", "!", "&") for i in range(NAMES)])
+VOCAB: list[str] = (
+    _SPECIAL
+    + [str(d) for d in range(10)]
+    + [f"#{i}" for i in range(LABELS)]
+    + [f"?{i}" for i in range(QUESTIONS)]
+    + [f"{c}n{i}" for c in ("", "@", "!", "&") for i in range(NAMES)]
+)
 ID: dict[str, int] = {w: i for i, w in enumerate(VOCAB)}
 PAD, BOS, EOS, GO = range(4)
 DIGIT = ID["0"]
@@ -62,6 +67,7 @@ class Problem:
     "the source itself is cached" the strict one.
     ``answers``: for every problem of the pack its asked (name, value) token pairs in order.
     """
+
     tokens: np.ndarray
     prompt_len: int
     need: list[tuple[int, ...]]
@@ -75,7 +81,9 @@ def _distance(rng: np.random.Generator, most: int) -> int:
     return d if d <= most else int(rng.integers(1, most + 1))
 
 
-def make(rng: np.random.Generator, *, problems: int, steps: int, constants: int = CONSTANTS, asks: int = ASKS) -> Problem:
+def make(
+    rng: np.random.Generator, *, problems: int, steps: int, constants: int = CONSTANTS, asks: int = ASKS
+) -> Problem:
     """Draw one pack of ``problems`` chains of ``steps`` steps each."""
     if problems < 1 or steps < 1 or constants < 1 or asks < 1:
         raise ValueError("problems, steps, constants and asks must be at least 1")
@@ -83,7 +91,7 @@ def make(rng: np.random.Generator, *, problems: int, steps: int, constants: int 
     if nodes + constants > NAMES or problems > LABELS or problems * (asks + 1) > QUESTIONS:
         raise ValueError(f"pack of {problems} x {steps} does not fit the vocabulary")
     perm = rng.permutation(NAMES).tolist()
-    const, name = perm[:constants], perm[constants:constants + nodes]
+    const, name = perm[:constants], perm[constants : constants + nodes]
     weight = 1.0 / np.arange(1, constants + 1)
     cdf = np.cumsum(weight / weight.sum())
     value = {c: int(v) for c, v in zip(const, rng.integers(0, 10, constants))}
@@ -108,8 +116,12 @@ def make(rng: np.random.Generator, *, problems: int, steps: int, constants: int 
             value[name[i]] = (value[name[i - 1]] + value[x]) % 10
         last = first + steps
         # Half of the questions stay inside the problem, half reach back anywhere in the pack.
-        asked.append([name[int(rng.integers(first, last + 1) if rng.random() < 0.5 else rng.integers(0, last + 1))]
-                      for _ in range(asks)])
+        asked.append(
+            [
+                name[int(rng.integers(first, last + 1) if rng.random() < 0.5 else rng.integers(0, last + 1))]
+                for _ in range(asks)
+            ]
+        )
 
     # Prompt: statements in random order.  `where[w]` is the position of the statement that the key token w opens.
     statements: list[list[int]] = [[VALUE + c, DIGIT + value[c]] for c in const]
@@ -158,11 +170,18 @@ def make(rng: np.random.Generator, *, problems: int, steps: int, constants: int 
             put(DIGIT + value[u], held[u])
             ask = put(question(p, k + 1), ask, copy=False)
         put(label[p + 1] if p + 1 < problems else EOS, where[question(p, asks)] + 1)
-    return Problem(np.array(tokens, dtype=np.int32), prompt_len, need, np.array(origin, dtype=np.int32),
-                   [[(VALUE + u, DIGIT + value[u]) for u in us] for us in asked])
+    return Problem(
+        np.array(tokens, dtype=np.int32),
+        prompt_len,
+        need,
+        np.array(origin, dtype=np.int32),
+        [[(VALUE + u, DIGIT + value[u]) for u in us] for us in asked],
+    )
 
 
-def sample(seed: int, index: int, *, problems: int, steps: int, constants: int = CONSTANTS, asks: int = ASKS) -> Problem:
+def sample(
+    seed: int, index: int, *, problems: int, steps: int, constants: int = CONSTANTS, asks: int = ASKS
+) -> Problem:
     """Pack number ``index`` of stream ``seed``; the same numbers always give the same pack."""
     return make(np.random.default_rng([seed, index]), problems=problems, steps=steps, constants=constants, asks=asks)
 
@@ -180,7 +199,7 @@ def is_right(problem: Problem, generated) -> list[bool]:
     """
     g = [int(t) for t in generated]
     if EOS in g:
-        g = g[:g.index(EOS)]
+        g = g[: g.index(EOS)]
     parts: list[list[int]] = [[]]
     for t in g:
         if LABEL <= t < LABEL + LABELS:
@@ -190,8 +209,7 @@ def is_right(problem: Problem, generated) -> list[bool]:
     out = []
     for p, want in enumerate(problem.answers):
         part = parts[p] if p < len(parts) else []
-        got = [(part[j + 1], part[j + 2]) for j, t in enumerate(part[:-2])
-               if QUESTION <= t < QUESTION + QUESTIONS]
+        got = [(part[j + 1], part[j + 2]) for j, t in enumerate(part[:-2]) if QUESTION <= t < QUESTION + QUESTIONS]
         out.append(got == want)
     return out
 
@@ -206,4 +224,4 @@ def encode(text: str) -> np.ndarray:
 
 if __name__ == "__main__":
     one = sample(0, 0, problems=2, steps=3)
-    print(decode(one.tokens[:one.prompt_len]), decode(one.tokens[one.prompt_len:]), sep="\n\n")
+    print(decode(one.tokens[: one.prompt_len]), decode(one.tokens[one.prompt_len :]), sep="\n\n")

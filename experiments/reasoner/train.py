@@ -7,6 +7,7 @@ right.  Every generated token is determined by what precedes it, so "the arg-max
 text" and "greedy decoding writes the right text" are the same event, and one forward pass over a batch of gold packs
 measures it; no generation is needed while training.  A stopped run goes on from DIR/checkpoint.pt.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,17 +23,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import task
 
-LEVELS = [(1, 4), (2, 6), (4, 8), (6, 9), (8, 10), (10, 12)]   # (problems, steps); the last one is shipped
-PASS = 0.3       # share of entirely right packs that opens the next level
+LEVELS = [(1, 4), (2, 6), (4, 8), (6, 9), (8, 10), (10, 12)]  # (problems, steps); the last one is shipped
+PASS = 0.3  # share of entirely right packs that opens the next level
 
 
 def build(args) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=len(task.VOCAB), hidden_size=args.width, intermediate_size=args.mlp * args.width,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=args.init,
-        attention_bias=True, rope_parameters={"rope_type": "default", "rope_theta": args.theta},
-        bos_token_id=task.BOS, eos_token_id=task.EOS, pad_token_id=task.PAD)
+        vocab_size=len(task.VOCAB),
+        hidden_size=args.width,
+        intermediate_size=args.mlp * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=args.init,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": args.theta},
+        bos_token_id=task.BOS,
+        eos_token_id=task.EOS,
+        pad_token_id=task.PAD,
+    )
     config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -75,7 +87,7 @@ def start_well(model: LlamaForCausalLM, args) -> None:
         first.v_proj.weight[:hd] = value
         first.o_proj.weight[:, :hd] = 0.15 * write
         for head in range(group):
-            second.q_proj.weight[head * hd:(head + 1) * hd] += args.compose * value
+            second.q_proj.weight[head * hd : (head + 1) * hd] += args.compose * value
         second.k_proj.weight[:hd] += args.compose * write.T
 
 
@@ -89,16 +101,16 @@ def batch(rng: np.random.Generator, level: tuple[int, int], tokens: int, device:
 
 def logits_of(model, ids, prompt):
     """Scores for the generated tokens only: the vocabulary projection of the prompt would be wasted work."""
-    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, prompt - 1:]
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, prompt - 1 :]
     return model.lm_head(hidden), ids[:, prompt:]
 
 
 # The five kinds of generated token, to see which skill lags.
 KIND = np.zeros(len(task.VOCAB), dtype=np.int64)
-KIND[task.DIGIT:task.DIGIT + 10] = 1
-KIND[task.PLAIN:task.PLAIN + task.NAMES] = 2
-KIND[task.EDGE:task.EDGE + task.NAMES] = 3
-KIND[task.VALUE:task.VALUE + task.NAMES] = 4
+KIND[task.DIGIT : task.DIGIT + 10] = 1
+KIND[task.PLAIN : task.PLAIN + task.NAMES] = 2
+KIND[task.EDGE : task.EDGE + task.NAMES] = 3
+KIND[task.VALUE : task.VALUE + task.NAMES] = 4
 KIND_NAMES = ["label", "digit", "plain", "edge", "value_name"]
 
 
@@ -133,15 +145,49 @@ def save(model, out: Path) -> None:
     """Weights and tokenizer, the latter written by hand because it is nothing but a table of words."""
     model.generation_config.do_sample = False
     model.save_pretrained(out)
-    special = [{"id": i, "content": task.VOCAB[i], "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True} for i in (task.PAD, task.BOS, task.EOS)]
-    (out / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": task.ID, "unk_token": "<pad>"}}, indent=0) + "\n")
-    (out / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>",
-        "unk_token": "<pad>", "clean_up_tokenization_spaces": False}, indent=1) + "\n")
+    special = [
+        {
+            "id": i,
+            "content": task.VOCAB[i],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for i in (task.PAD, task.BOS, task.EOS)
+    ]
+    (out / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": special,
+                "normalizer": None,
+                "pre_tokenizer": {"type": "WhitespaceSplit"},
+                "post_processor": None,
+                "decoder": None,
+                "model": {"type": "WordLevel", "vocab": task.ID, "unk_token": "<pad>"},
+            },
+            indent=0,
+        )
+        + "\n"
+    )
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "pad_token": "<pad>",
+                "bos_token": "<bos>",
+                "eos_token": "<eos>",
+                "unk_token": "<pad>",
+                "clean_up_tokenization_spaces": False,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def main(argv=None) -> dict:
@@ -203,8 +249,14 @@ def main(argv=None) -> dict:
         elapsed = before + time.monotonic() - start
         if elapsed - reported >= args.report:
             reported = elapsed
-            row = {"minutes": round(elapsed / 60, 2), "step": step, "tokens": seen, "level": LEVELS[level],
-                   "loss": round(float(loss.detach()), 4), **measure(model, LEVELS[level], 24, step, args.device)}
+            row = {
+                "minutes": round(elapsed / 60, 2),
+                "step": step,
+                "tokens": seen,
+                "level": LEVELS[level],
+                "loss": round(float(loss.detach()), 4),
+                **measure(model, LEVELS[level], 24, step, args.device),
+            }
             log.append(row)
             print(json.dumps(row), flush=True)
             if row["whole"] >= PASS and level + 1 < len(LEVELS):
@@ -212,15 +264,32 @@ def main(argv=None) -> dict:
             if elapsed - saved >= args.checkpoint:
                 saved = elapsed
                 part = state_file.with_suffix(".part")
-                torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "level": level, "step": step,
-                            "seen": seen, "elapsed": elapsed, "log": log}, part)
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "opt": opt.state_dict(),
+                        "level": level,
+                        "step": step,
+                        "seen": seen,
+                        "elapsed": elapsed,
+                        "log": log,
+                    },
+                    part,
+                )
                 os.replace(part, state_file)
-    final = {f"{p}x{s}": measure(model, (p, s), 96, 10**6, args.device) for p, s in LEVELS[:level + 1]}
+    final = {f"{p}x{s}": measure(model, (p, s), 96, 10**6, args.device) for p, s in LEVELS[: level + 1]}
     save(model, args.out)
-    result = {"settings": {k: v for k, v in vars(args).items() if k != "out"},
-              "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
-              "steps": step, "tokens": seen, "minutes": round((before + time.monotonic() - start) / 60, 1),
-              "levels": LEVELS, "final_teacher_forced": final, "log": log}
+    result = {
+        "settings": {k: v for k, v in vars(args).items() if k != "out"},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "torch": torch.__version__,
+        "steps": step,
+        "tokens": seen,
+        "minutes": round((before + time.monotonic() - start) / 60, 1),
+        "levels": LEVELS,
+        "final_teacher_forced": final,
+        "log": log,
+    }
     (args.out / "train_log.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(final), flush=True)
     return result

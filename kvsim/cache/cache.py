@@ -239,7 +239,10 @@ class Cache:
             self._settle_below(a, out)
 
     def _due(self, a: Access) -> bool:
-        """A lag delays decisions where pages are gone for good; the GPU of the offload regime is full when it is full."""
+        """A lag delays decisions where pages are gone for good.
+
+        The GPU of the offload regime is full when it is full.
+        """
         if not self.lossy:
             return True
         return self.policy.cut_prompt if a.prefill else a.step % self.policy.lag == 0

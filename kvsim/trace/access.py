@@ -196,9 +196,7 @@ class Request:
         last = n - count + 1 + np.arange(count)  # one past the query position of each stored row
         visible = np.stack([self._seen(lo, hi)[1] for lo, hi in zip(stats.kv_lo, last, strict=True)])
 
-        def paged(a: np.ndarray | None, peaks: bool = False) -> np.ndarray | None:
-            if a is None:
-                return None
+        def paged(a: np.ndarray, peaks: bool = False) -> np.ndarray:
             a = _pool(a, self.pool)
             if size == 1:
                 return a
@@ -207,8 +205,8 @@ class Request:
 
         return Prompt(
             colsum=paged(stats.colsum),
-            colsq=paged(stats.colsq),
-            colmax=paged(stats.colmax, peaks=True),
+            colsq=None if stats.colsq is None else paged(stats.colsq),
+            colmax=None if stats.colmax is None else paged(stats.colmax, peaks=True),
             rows=paged(stats.rows),
             peaks=paged(stats.rows, peaks=True),
             visible=visible,
@@ -284,10 +282,14 @@ class Trace:
         """The requests with these ids, in the trace's order; its fingerprint names the choice too."""
         known = {s.id for s in self.sources}
         if missing := [i for i in ids if i not in known]:
-            raise TraceError(f"the trace holds no request {missing[0]}", where=self.path, hint=f"it holds {sorted(known)}")
+            raise TraceError(
+                f"the trace holds no request {missing[0]}", where=self.path, hint=f"it holds {sorted(known)}"
+            )
         chosen = [s for s in self.sources if s.id in set(ids)]
         tag = ",".join(str(s.id) for s in chosen)
-        return replace(self, sources=chosen, fingerprint=hashlib.sha256(f"{self.fingerprint}:{tag}".encode()).hexdigest())
+        return replace(
+            self, sources=chosen, fingerprint=hashlib.sha256(f"{self.fingerprint}:{tag}".encode()).hexdigest()
+        )
 
     def to_pandas(self):
         """Long form, one line per stored weight of a decode row: request, step, layer, head, position, weight."""
@@ -318,7 +320,9 @@ class DenseSource(Source):
     `decode_rows`: float32 [steps, layers, kv_heads, prompt + steps]; row i sees keys 0 .. prompt + i.
     """
 
-    def __init__(self, prompt_rows: np.ndarray, decode_rows: np.ndarray, id: int = 0, facts: Mapping[str, Any] | None = None):
+    def __init__(
+        self, prompt_rows: np.ndarray, decode_rows: np.ndarray, id: int = 0, facts: Mapping[str, Any] | None = None
+    ):
         self.id, self.facts = id, dict(facts or {})
         self._prompt = np.asarray(prompt_rows, np.float32)
         self._decode = np.asarray(decode_rows, np.float32)

@@ -1,4 +1,5 @@
 """The reasoner: generator, gold sources, checker, training script, committed weights."""
+
 from __future__ import annotations
 
 import json
@@ -44,11 +45,11 @@ def test_every_generated_token_follows_from_its_gold_sources(shape, seed):
     problems, steps, constants, asks = shape
     p = task.sample(seed, 1, problems=problems, steps=steps, constants=constants, asks=asks)
     text = [task.VOCAB[int(t)] for t in p.tokens]
-    assert not any(p.need[:p.prompt_len])
+    assert not any(p.need[: p.prompt_len])
     for j in range(p.prompt_len, len(text)):
         src, w = words(p, p.need[j]), text[j]
         assert src and all(0 <= s < j for s in p.need[j]), "row j-1 can only see positions before j"
-        if len(src) == 2:                                   # the sum
+        if len(src) == 2:  # the sum
             assert int(w) == (int(src[0]) + int(src[1])) % 10 and text[j - 2] == src[1]
         elif w[0] == "@":
             assert src == ["!" + w[1:]]
@@ -58,11 +59,11 @@ def test_every_generated_token_follows_from_its_gold_sources(shape, seed):
             assert src == ["&" + w[1:]] and text[j - 1] in (text[p.need[j][0] - 1], text[p.need[j][0] - 2])
         elif w[0] == "?" and text[j - 1].isdigit():
             assert src == [f"?{(int(w[1:]) - 1) % task.QUESTIONS}"] and text[j - 2][0] == "!"
-        else:                                               # a look-up: the same word, found behind its key
+        else:  # a look-up: the same word, found behind its key
             assert src == [w]
             s, key = p.need[j][0], text[j - 1]
             assert key in (text[s - 1], text[s - 2])
-        if w.isdigit() and len(src) == 1:                   # a recalled value is read where it was first stated
+        if w.isdigit() and len(src) == 1:  # a recalled value is read where it was first stated
             assert text[p.need[j][0] - 1] == text[j - 1] and p.origin[p.need[j][0]] == p.origin[j]
 
 
@@ -80,7 +81,7 @@ def test_origin_is_the_first_statement_of_the_same_content(shape, seed):
 def test_checker_takes_gold_and_refuses_a_wrong_answer(shape, seed, data):
     problems, steps, constants, asks = shape
     p = task.sample(seed, 3, problems=problems, steps=steps, constants=constants, asks=asks)
-    gold = p.tokens[p.prompt_len:].copy()
+    gold = p.tokens[p.prompt_len :].copy()
     assert task.is_right(p, gold) == [True] * problems
     assert task.is_right(p, np.append(gold, [task.EOS, task.BOS])) == [True] * problems
     which, k = data.draw(st.integers(0, problems - 1)), data.draw(st.integers(0, asks - 1))
@@ -95,7 +96,7 @@ def test_checker_survives_nonsense():
     assert task.is_right(p, []) == [False, False]
     assert task.is_right(p, [task.LABEL] * 40) == [False, False]
     assert task.is_right(p, [task.QUESTION]) == [False, False]
-    cut = p.tokens[p.prompt_len:p.prompt_len + 35]          # the first problem is complete after 32 tokens
+    cut = p.tokens[p.prompt_len : p.prompt_len + 35]  # the first problem is complete after 32 tokens
     assert task.is_right(p, cut) == [True, False]
 
 
@@ -112,6 +113,7 @@ def test_text_round_trip_and_size_limits():
 def test_reuse_gaps_have_a_heavy_tail():
     pytest.importorskip("transformers")
     from experiments.reasoner import evaluate
+
     g = evaluate.gaps(6, 8, samples=30)["results"]
     assert g["p99"] > 8 * g["p50"] and g["max"] > 200
 
@@ -128,6 +130,7 @@ def model():
 
 def test_committed_weights_solve_the_shipped_setting(model):
     from experiments.reasoner import evaluate
+
     got = evaluate.accuracy(model, *evaluate.SHIPPED, samples=8, seed=77)
     assert got["decode"] >= 300
     assert got["problem"] >= 0.9 and got["pack"] >= 0.75, got
@@ -141,6 +144,7 @@ def test_committed_folder_is_small_and_consistent(model):
     words_ = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert words_ == task.ID
     from transformers import AutoTokenizer
+
     tok = AutoTokenizer.from_pretrained(folder)
     p = task.sample(5, 5, problems=1, steps=3)
     assert tok(task.decode(p.tokens), add_special_tokens=False)["input_ids"] == p.tokens.tolist()
@@ -152,6 +156,7 @@ def test_published_table_is_that_of_these_weights():
     result = json.loads((HERE / "accuracy.json").read_text())
     pytest.importorskip("transformers")
     from experiments.reasoner import evaluate
+
     assert evaluate.tables(result) in (HERE / "README.md").read_text()
     row = next(r for r in result["accuracy"] if [r["problems"], r["steps"]] == result["shipped"])
     assert row["samples"] >= 200 and row["pack"] >= 0.9
@@ -163,9 +168,28 @@ def test_training_runs_stops_resumes_and_writes_loadable_weights(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from experiments.reasoner import train
+
     # The form, not the skill: a tiny model, a few seconds.
-    args = ["--out", str(tmp_path), "--layers", "2", "--width", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16",
-            "--tokens", "512", "--report", "1", "--checkpoint", "1"]
+    args = [
+        "--out",
+        str(tmp_path),
+        "--layers",
+        "2",
+        "--width",
+        "32",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "16",
+        "--tokens",
+        "512",
+        "--report",
+        "1",
+        "--checkpoint",
+        "1",
+    ]
     first = train.main([*args, "--minutes", "0.04"])
     assert first["steps"] > 0 and (tmp_path / "checkpoint.pt").exists()
     second = train.main([*args, "--minutes", "0.08"])

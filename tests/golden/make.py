@@ -1,4 +1,7 @@
-"""Five small runs whose numbers are frozen. `make golden` rewrites them; the difference is reviewed and goes into CHANGELOG.md."""
+"""Five small runs whose numbers are frozen. `make golden` rewrites them.
+
+The difference is reviewed and goes into CHANGELOG.md.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,33 @@ SIZES = {"hidden": 256, "intermediate": 768, "vocab": 1000, "name": "golden"}
 RUNS = {
     "lossy-h2o": {"policy": "h2o", "budget": "25%"},
     "lossy-lazy-eviction": {"policy": "lazy-eviction(window=8)", "budget": "40%", "page_size": 4},
-    "offload-lru-dense": {"policy": "lru", "budget": "50%", "regime": "offload", "page_size": 8, "model": "llama-3.1-8b"},
+    "offload-lru-dense": {
+        "policy": "lru",
+        "budget": "50%",
+        "regime": "offload",
+        "page_size": 8,
+        "model": "llama-3.1-8b",
+    },
     "offload-tova-topk": {
-        "policy": "tova", "budget": "30", "regime": "offload", "demand": "topk(16)", "page_size": 2, "concurrency": 2,
-        "model": "llama-3.1-8b", "hardware": "rtx4090-pcie4",
+        "policy": "tova",
+        "budget": "30",
+        "regime": "offload",
+        "demand": "topk(16)",
+        "page_size": 2,
+        "concurrency": 2,
+        "model": "llama-3.1-8b",
+        "hardware": "rtx4090-pcie4",
     },
     "offload-belady-ssd": {
-        "policy": "belady", "budget": "20%", "regime": "offload", "demand": "theta", "page_size": 4, "host": "60kB", "ssd": "1MB",
+        "policy": "belady",
+        "budget": "20%",
+        "regime": "offload",
+        "demand": "theta",
+        "page_size": 4,
+        "host": "60kB",
+        "ssd": "1MB",
     },
-}  # fmt: skip
+}
 
 
 def results() -> dict[str, dict]:

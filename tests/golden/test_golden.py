@@ -1,4 +1,5 @@
-"""Frozen runs still give their numbers: to the digit where they are counts, to rounding where they are sums of floats."""
+"""Frozen runs still give their numbers: to the digit where they are counts, to rounding where they are sums of
+floats."""
 
 import json
 

@@ -40,7 +40,9 @@ def shape(layers: int) -> ModelShape:
     return ModelShape("toy", layers, 64, 4, 2, 16, 128, 0)
 
 
-def steps(hw: Hardware, works: list[Work], overlap: str = "layer", env: simpy.Environment | None = None, alone: bool = False):
+def steps(
+    hw: Hardware, works: list[Work], overlap: str = "layer", env: simpy.Environment | None = None, alone: bool = False
+):
     """Run works one after another on one machine: (records, machine)."""
     env = env or simpy.Environment()
     machine = Machine(env, hw, shape(len(works[0].kv_read)), overlap, alone=alone)

@@ -247,7 +247,9 @@ def test_conservation_with_every_slowdown(compute, host, out, known):
 def test_alone_takes_fewer_events_and_the_same_time(drawn):
     """Steps that move nothing are lumped when nobody else can come between; every layer ends when it did."""
     hw = hardware(cpu__layer_submit=1e-3, gpu__copy_slowdown=0.1, gpu__step_sync=2e-3)
-    works = [busy_work(compute, compute[::-1] * fetch, 0 * compute, compute * out, "layer") for compute, fetch, out in drawn]
+    works = [
+        busy_work(compute, compute[::-1] * fetch, 0 * compute, compute * out, "layer") for compute, fetch, out in drawn
+    ]
     (one, busy), (other, lean) = (steps(hw, works, alone=alone) for alone in (False, True))
     for a, b in zip(one, other, strict=True):
         assert np.allclose(a.layer_end_s, b.layer_end_s, rtol=1e-9) and a.end_s == pytest.approx(b.end_s)

@@ -1,0 +1,174 @@
+"""A configuration with everything it names loaded (`Setting`), and one request through its cache (`Replay`).
+
+The cache's part of a run, without time: what a cache decides never depends on when things happen, so comparing
+policies alone needs nothing above this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvsim import registry
+from kvsim.cache import kernels
+from kvsim.cache.cache import Cache, Capacity, Outcome
+from kvsim.cache.demand import Use, parse_demand, parse_use
+from kvsim.config import RunConfig
+from kvsim.errors import ConfigError, PolicyError, TraceError
+from kvsim.machine import SHAPES, Hardware, ModelShape, shape_from_config, shape_from_geometry
+from kvsim.trace.access import Access, Request, Trace
+from kvsim.units import parse_budget, parse_bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A resolved configuration, the trace seen as it asks, the machine and the model that are timed, the predicates."""
+
+    config: RunConfig
+    trace: Trace
+    hardware: Hardware
+    shape: ModelShape
+    use: Use
+    demand: Use | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lossy(self) -> bool:
+        return self.config.regime == "lossy"
+
+    @property
+    def predicate(self) -> Use:
+        """When a page counts as used: `use`, or in the offload regime the demand model."""
+        return self.use if self.lossy or self.demand is None else self.demand
+
+    def policy(self) -> Any:
+        """A fresh policy object. Raises PolicyError where the regime or the trace cannot serve it."""
+        policy = registry.build(self.config.policy)
+        if self.config.granularity:
+            policy.granularity = self.config.granularity
+        if self.config.regime not in policy.regimes:
+            raise PolicyError(f'policy "{self.config.policy}" does not work in the {self.config.regime} regime')
+        provided = self.trace.manifest.get("provides", ())
+        if missing := [name for name in sorted(policy.needs) if name not in provided]:
+            raise PolicyError(
+                f'policy "{self.config.policy}" needs {", ".join(missing)}, which the trace does not hold',
+                where=self.trace.path,
+                hint="capture again with --vectors or --prompt-rows",
+            )
+        return policy
+
+    def lanes(self, policy: Any) -> tuple[int, int]:
+        """Table lanes (layers, heads) at the policy's granularity."""
+        layers, heads = self.trace.lanes
+        return {"head": (layers, heads), "layer": (layers, 1), "token": (1, 1)}[policy.granularity]
+
+    def page_bytes(self, lanes: tuple[int, int]) -> float:
+        """Bytes of one page in one of the table's lanes, in the model that is timed."""
+        return self.trace.page_size * self.shape.kv_token_bytes * self.shape.layers / (lanes[0] * lanes[1])
+
+    def budget(self, request: Request, lanes: tuple[int, int]) -> int:
+        """Pages per lane of one request. Raises ConfigError when less than one is left."""
+        pages, basis = parse_budget(self.config.budget)
+        if basis == "fraction":
+            pages = round(pages * request.stride, 9)  # 29 % of 100 is 29, not 28.999...
+        elif basis == "bytes":
+            pages = pages / (self.page_bytes(lanes) * lanes[0] * lanes[1])
+        if pages < 1:
+            raise ConfigError(
+                f'a budget of "{self.config.budget}" is less than one page of {self.trace.page_size} tokens per lane '
+                f"in request {request.id} ({request.stride} pages)",
+                hint="raise the budget, or lower --page-size",
+            )
+        return int(pages)
+
+    def tier(self, name: str, lanes: tuple[int, int]) -> int | None:
+        """Pages per lane of a lower tier, shared evenly by the requests that run together; None is unlimited."""
+        chosen = getattr(self.config, name)
+        size = parse_bytes(chosen) if chosen is not None else getattr(self.hardware, name).capacity
+        pages = size / self.config.concurrency / (self.page_bytes(lanes) * lanes[0] * lanes[1])
+        return int(pages) if pages < 2**31 else None
+
+
+def prepare(trace: Trace, config: RunConfig) -> Setting:
+    """Load what a configuration names. Raises ConfigError, PolicyError, TraceError."""
+    config = config.resolved()
+    assert config.page_size is not None
+    if config.requests is not None:
+        trace = trace.only(config.requests)
+    if not trace.sources:
+        raise TraceError("the trace holds no request", where=trace.path)
+    use = parse_use(config.use)
+    demand = parse_demand(config.demand, use) if config.regime == "offload" else None
+    hardware = Hardware.load(config.hardware).with_overrides(config.constants)
+    shape = _shape(trace, config.model)
+    setting = Setting(config, trace.paged(config.page_size), hardware, shape, use, demand)
+    setting.policy()
+    if config.model:
+        setting.notes.append(f"what-if: the attention of {trace.geometry.name}, pages and compute of {shape.name}")
+    if use != Use():
+        setting.notes.append(f"a page is used by the predicate use = {config.use}")
+    return setting
+
+
+def _shape(trace: Trace, model: str | None) -> ModelShape:
+    """The model that is timed: the trace's own, a known name, or a config.json."""
+    if model is None:
+        return shape_from_geometry(trace.geometry)
+    if model in SHAPES:
+        return SHAPES[model]
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = f"give a config.json, or one of {', '.join(SHAPES)}"
+        raise ConfigError(f'cannot read model "{model}": {error}', hint=hint) from None
+    return replace(shape_from_config(config), name=path.parent.name or path.stem)
+
+
+class Replay:
+    """One request through its cache, step by step; pages only, no time.
+
+    `ceiling`: also compute, per step, the most any cache of this budget could attend to. `audit`: recount the
+    table after every step, not only at the end.
+    """
+
+    def __init__(self, setting: Setting, request: Request, *, ceiling: bool = False, audit: bool = False):
+        self.request, self.setting, self._wants_ceiling = request, setting, ceiling
+        policy = setting.policy()
+        self.lanes = setting.lanes(policy)
+        self.budget = setting.budget(request, self.lanes)
+        if callable(getattr(policy, "foresee", None)):
+            pool = setting.trace.pool if policy.granularity == "head" else policy.granularity
+            policy.foresee(replace(request, pool=pool), setting.predicate)
+        self.cache = Cache(
+            setting.trace.lanes,
+            request.stride,
+            policy,
+            Capacity(self.budget, setting.tier("host", self.lanes), setting.tier("ssd", self.lanes)),
+            offload=None if setting.lossy else registry.build(str(setting.config.offload), "offload"),
+            use=setting.use,
+            demand=setting.demand,
+            page_size=request.page_size,
+            seed=setting.config.seed,
+            audit=audit,
+        )
+        self.ceiling = np.full(self.cache.rows, np.nan)
+
+    def __iter__(self) -> Iterator[tuple[Access, Outcome]]:
+        """Prefill first; the arrays of an Access are overwritten by the next one."""
+        for access in self.request.accesses():
+            outcome = self.cache.access(access)
+            if self._wants_ceiling and not access.prefill:
+                self._ceiling(access)
+            yield access, outcome
+        self.cache.audit(access)
+
+    def _ceiling(self, a: Access) -> None:
+        """Per row lane, the sum of the budget + 1 largest weights: no cache of `budget` pages attends to more."""
+        count = np.repeat(self.cache.budget, self.cache.rows // self.cache.lanes) + 1
+        kernels.largest_sum(a.row.reshape(self.cache.rows, -1), a.keys, count, self.ceiling)
