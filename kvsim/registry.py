@@ -80,9 +80,8 @@ def offload(name: str) -> Callable[[type], type]:
     def register(cls: type) -> type:
         if not callable(getattr(cls, "place", None)):
             raise PolicyError(f'offload policy "{name}" has no place(view, victims)', where=_home(cls))
-        for key, default in {"inclusive": True, "waits": False, "keeps": True}.items():
-            if not hasattr(cls, key):
-                setattr(cls, key, default)
+        if not hasattr(cls, "keeps"):
+            cls.keeps = True
         return _enter("offload", name, cls)
 
     return register

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from . import task
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = (8, 10)
+SHIPPED = (10, 12)
 # Shorter packs, the shipped one, and beyond it: more problems, longer chains.
-SETTINGS = [(1, 10), (2, 10), (4, 10), (6, 10), (8, 10), (3, 30), (10, 10), (10, 12), (12, 11)]
+SETTINGS = [(1, 10), (2, 10), (4, 10), (6, 10), (8, 10), (3, 30), (10, 10), (10, 12), (12, 11), (4, 30)]
 EVAL_SEED = 20_000  # far from the seeds of training
 
 
@@ -94,7 +94,7 @@ def gaps(problems: int, steps: int, samples: int = 200, seed: int = EVAL_SEED) -
 def tables(result: dict) -> str:
     out = [
         "| problems x steps | prompt | decode | samples | packs all right | problems right | every token gold |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in result["accuracy"]:
         mark = " (shipped)" if (r["problems"], r["steps"]) == tuple(result["shipped"]) else ""
