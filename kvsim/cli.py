@@ -13,6 +13,7 @@ import typer
 from kvsim.errors import ConfigError, KvsimError
 
 if TYPE_CHECKING:
+    from kvsim.report import Comparison
     from kvsim.results import Result
     from kvsim.trace.access import Trace
 
@@ -77,7 +78,7 @@ def run(
         str | None, typer.Option(help="A policy, a file.py, or either with parameters: 'h2o(recent=64)'.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="20% of the final length, 512 pages per lane, or 4GiB over all lanes.")
+        str | None, typer.Option(help="20% of the final length, 512 pages per lane, or 4GiB for each request.")
     ] = None,
     regime: Annotated[
         str | None, typer.Option(help="lossy: evicted pages are gone. offload: they move one tier down.")
@@ -137,10 +138,15 @@ def run(
         keys = {k: v for k, v in chosen.resolved().model_dump().items() if v is not None}
         typer.echo(tomli_w.dumps({"trace": name, **keys}))
         return
+    from kvsim.replay import prepare
     from kvsim.report import compare
+    from kvsim.results import check_free, run_id
+    from kvsim.simulate import identify
     from kvsim.simulate import run as simulate
 
     opened = _open(name)
+    if output:
+        check_free(output, run_id(identify(prepare(opened, chosen))))
     with _Wait(f"replaying {opened.name}") as wait:
         result = simulate(opened, chosen, progress=wait.update)
         comparison = compare(opened, result) if references else None
@@ -156,43 +162,55 @@ def _open(name: str) -> Trace:
     return open_trace(name)
 
 
-def _print_run(result: Result, comparison: Any, seconds: float) -> None:
-    from rich.table import Table
+def _print_run(result: Result, comparison: Comparison | None, seconds: float) -> None:
+    from kvsim.report import VERDICTS, summary_rows, title
 
-    from kvsim.report import VERDICTS, summary_rows
-    from kvsim.units import format_bytes
-
-    m, c = result.manifest, result.manifest["config"]
-    console = _console()
-    size = f"{m['budget_basis']}, {format_bytes(m['budget_bytes'])} per request"
-    title = f"{m['trace']['name']} ({m['trace']['requests']} requests) | {c['policy']} at {c['budget']} ({size})"
-    title += f" | {c['regime']}, {m['model']['name']} on {m['hardware']['name']}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for head, kind in (("", "left"), ("value", "right"), ("meaning", "left")):
-        table.add_column(head, justify=kind)  # type: ignore[arg-type]
-    for row in summary_rows(result):
-        table.add_row(*row)
-    console.print(table)
+    m, console = result.manifest, _console()
+    console.print(title(result), style="bold", highlight=False, soft_wrap=True)
+    for warning in m["warnings"]:
+        console.print(f"warning: {warning}", style="bold yellow", highlight=False, soft_wrap=True)
+    console.print(_grid([("", "left"), ("value", "right"), ("meaning", "left")], summary_rows(result)))
     if comparison:
-        table = Table(title=f"\n{comparison.metric} at the same budget", title_justify="left", box=None, pad_edge=False)
-        for head, kind in (
-            ("", "left"),
-            (comparison.metric, "right"),
-            ("lost", "right"),
-            ("regret", "right"),
-            ("", "left"),
-        ):
-            table.add_column(head, justify=kind)  # type: ignore[arg-type]
-        for line in comparison.lines:
-            regret = f"{comparison.bound - line.value:+.4f}" if line.kind != "full" else ""
-            style = "bold" if line.kind == "policy" else None
-            table.add_row(line.name, f"{line.value:.4f}", f"{1 - line.value:.4f}", regret, line.kind, style=style)
-        console.print(table)
+        console.print(f"\n{comparison.metric} at the same budget", style="bold", highlight=False)
+        console.print(_beside(comparison))
         console.print(f"verdict: {VERDICTS[comparison.verdict]}", highlight=False)
     for note in m["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     console.print(m["evidence"], style="dim", highlight=False, soft_wrap=True)
     console.print(f"{seconds:.1f} s of wall time, {m['events']} simulated events", style="dim", highlight=False)
+
+
+def _beside(comparison: Comparison) -> Any:
+    """The policy between its baselines, the oracles, the bound and the full cache."""
+    from kvsim.units import format_seconds
+
+    heads = [
+        ("", "left"),
+        (comparison.metric, "right"),
+        ("lost", "right"),
+        ("regret", "right"),
+        ("TPOT p99", "right"),
+        ("", "left"),
+    ]
+    lines = []
+    for line in comparison.lines:
+        known = line.tpot_p99_s == line.tpot_p99_s
+        regret = "" if line.kind == "full" else f"{comparison.bound - line.value:+.4f}"
+        time = format_seconds(line.tpot_p99_s) if known else ""
+        lines.append((line.name, f"{line.value:.4f}", f"{max(0.0, 1 - line.value):.4f}", regret, time, line.kind))
+    return _grid(heads, lines, bold="policy")
+
+
+def _grid(heads: list[tuple[str, str]], lines: list[Any], bold: str | None = None) -> Any:
+    """A plain table; the line whose last cell is `bold` stands out."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for head, side in heads:
+        table.add_column(head, justify=side)  # type: ignore[arg-type]
+    for line in lines:
+        table.add_row(*line, style="bold" if bold and line[-1] == bold else None)
+    return table
 
 
 @app.command("list")
@@ -205,9 +223,7 @@ def list_(what: Annotated[str, typer.Argument(help="policies, offload or hardwar
 
     rows = {"policies": _policies, "offload": _offloads, "hardware": _hardware}
     if what not in rows:
-        from kvsim.errors import nearest
-
-        raise ConfigError(f'cannot list "{what}"', hint=nearest(what, rows, "`kvsim list --help`"))
+        raise ConfigError(f'cannot list "{what}"', hint=f"list one of {', '.join(rows)}")
     head, lines = rows[what]()
     table = Table(*head, box=None, pad_edge=False)
     for line in lines:
@@ -280,7 +296,7 @@ def check(spec: Annotated[str, typer.Argument(help="A policy or a file.py, optio
     for problem in problems:
         typer.echo(f"broken: {problem}")
     if problems:
-        raise typer.Exit(1)
+        raise typer.Exit(2)
     typer.echo(f"{spec} keeps the contract")
 
 
@@ -320,13 +336,9 @@ def sweep(
 
 
 def _print_grid(grid: Any) -> None:
-    from rich.table import Table
-
-    table = Table(*grid.table_head(), title=grid.table_title, title_justify="left", box=None, pad_edge=False)
-    for line in grid.table_lines():
-        table.add_row(*line)
     console = _console()
-    console.print(table)
+    console.print(grid.table_title, style="bold", highlight=False)
+    console.print(_grid([(head, "left") for head in grid.table_head()], grid.table_lines()))
     for line in grid.verdicts():
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -382,6 +394,9 @@ def capture(
     keep: Annotated[float, typer.Option(help="Share of each row's mass that is kept.")] = 0.99,
     lossless: Annotated[bool, typer.Option(help="Every weight, as float32.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the task's samples.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="What to call the model in results; its folder's name otherwise.")
+    ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the prompts, noted in the trace.")] = None,
 ) -> None:
     """Run a model and store the attention it computes as a trace.
@@ -417,6 +432,7 @@ def capture(
             keep=keep,
             lossless=lossless,
             seed=seed,
+            name=name or Path(model).name,
             licence=licence,
             source=f"{task.name}({task_args})" if task else None,
             progress=lambda done, total, what: wait.update(done, total),

@@ -20,13 +20,11 @@ PREFIX = "hardware."
 class RunConfig(BaseModel):
     """Everything that decides a run's result, together with the trace's content and a plug-in's source.
 
-    `budget`: "20%" of each request's final length, a number of pages per lane, or bytes over all lanes. `use`: a
-    share of the
-    visible tokens, or "weight(1e-4)". `host`, `ssd`: bytes for all requests together; None takes the hardware file's.
-    `model`: time
-    the run as this model (a name, or a Hugging Face config.json) instead of the captured one. `constants`: hardware
-    constants by
-    dotted key, as in `--set hardware.link.h2d.bandwidth=50GB/s`.
+    `budget`: "20%" of each request's final length, a number of pages per lane, or bytes over all lanes of a request.
+    `use`: a share of the visible tokens, or "weight(1e-4)". `host`, `ssd`: bytes for all requests together; None
+    takes the hardware file's. `model`: time the run as this model (a name, or a Hugging Face config.json) instead of
+    the captured one. `constants`: hardware constants by dotted key, as in
+    `--set hardware.link.h2d.bandwidth=50GB/s`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,7 +101,8 @@ def run_config(values: Mapping[str, Any], where: str | None = None) -> RunConfig
     except ValidationError as bad:
         first = bad.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{key} = {first['input']!r}: {first['msg'].lower()}", where=where) from None
+        wrong = f"{key} = {first['input']!r} is not understood"
+        raise ConfigError(wrong, where=where, hint=first["msg"][0].lower() + first["msg"][1:]) from None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

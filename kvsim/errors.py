@@ -44,6 +44,6 @@ def _rebuild(kind: type[KvsimError], what: str, where: str | None, hint: str | N
 def nearest(name: str, known: Iterable[str], listing: str) -> str:
     """A hint: the closest known name if one is close, and where to see them all."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1) or [k for k in known if name and k.startswith(name)]
     guess = f'did you mean "{close[0]}"? ' if close else ""
     return f"{guess}{listing} shows all {len(known)}"

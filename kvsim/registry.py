@@ -75,13 +75,23 @@ def policy(name: str) -> Callable[[type], type]:
 
 
 def offload(name: str) -> Callable[[type], type]:
-    """Class decorator: register an offload policy (where victims go) under `name`."""
+    """Class decorator: register an offload policy (where victims go) under `name`.
+
+    Raises PolicyError for a class without `place`, or with a hook that the engine does not call.
+    """
 
     def register(cls: type) -> type:
         if not callable(getattr(cls, "place", None)):
             raise PolicyError(f'offload policy "{name}" has no place(view, victims)', where=_home(cls))
+        for hook in ("prefetch", "backup", "rebuild"):
+            if callable(getattr(cls, hook, None)):
+                raise PolicyError(
+                    f'offload policy "{name}" defines {hook}, which is not supported yet',
+                    where=f"{_home(cls)}.{hook}",
+                    hint="place(view, victims) is the only hook that is called",
+                )
         if not hasattr(cls, "keeps"):
-            cls.keeps = True
+            setattr(cls, "keeps", True)  # noqa: B010  # type: ignore[attr-defined]
         return _enter("offload", name, cls)
 
     return register

@@ -67,17 +67,27 @@ class Setting:
         layers, heads = self.trace.lanes
         return {"head": (layers, heads), "layer": (layers, 1), "token": (1, 1)}[policy.granularity]
 
-    def page_bytes(self, lanes: tuple[int, int]) -> float:
-        """Bytes of one page in one of the table's lanes, in the model that is timed."""
-        return self.trace.page_size * self.shape.kv_token_bytes * self.shape.layers / (lanes[0] * lanes[1])
+    @property
+    def page_bytes(self) -> float:
+        """Bytes of one page over all lanes, in the model that is timed."""
+        return self.trace.page_size * self.shape.kv_token_bytes * self.shape.layers
 
-    def budget(self, request: Request, lanes: tuple[int, int]) -> int:
+    def model_layers(self, lanes: tuple[int, int]) -> np.ndarray:
+        """int64 [model layers]: the table's layer that stands for each layer of the timed model."""
+        return np.arange(self.shape.layers) * lanes[0] // self.shape.layers
+
+    def lane_bytes(self, lanes: tuple[int, int]) -> np.ndarray:
+        """float64 [layers of the table]: bytes of one page in one lane, all the model's layers it stands for."""
+        stands_for = np.bincount(self.model_layers(lanes), minlength=lanes[0])
+        return stands_for * self.trace.page_size * self.shape.kv_token_bytes / lanes[1]
+
+    def budget(self, request: Request) -> int:
         """Pages per lane of one request. Raises ConfigError when less than one is left."""
         pages, basis = parse_budget(self.config.budget)
         if basis == "fraction":
             pages = round(pages * request.stride, 9)  # 29 % of 100 is 29, not 28.999...
         elif basis == "bytes":
-            pages = pages / (self.page_bytes(lanes) * lanes[0] * lanes[1])
+            pages = pages / self.page_bytes
         if pages < 1:
             raise ConfigError(
                 f'a budget of "{self.config.budget}" is less than one page of {self.trace.page_size} tokens per lane '
@@ -86,11 +96,16 @@ class Setting:
             )
         return int(pages)
 
-    def tier(self, name: str, lanes: tuple[int, int]) -> int | None:
+    @property
+    def concurrency(self) -> int:
+        """Requests that run together: what was asked for, or all there are."""
+        return min(self.config.concurrency, len(self.trace.sources))
+
+    def tier(self, name: str) -> int | None:
         """Pages per lane of a lower tier, shared evenly by the requests that run together; None is unlimited."""
         chosen = getattr(self.config, name)
         size = parse_bytes(chosen) if chosen is not None else getattr(self.hardware, name).capacity
-        pages = size / self.config.concurrency / (self.page_bytes(lanes) * lanes[0] * lanes[1])
+        pages = size / self.concurrency / self.page_bytes
         return int(pages) if pages < 2**31 else None
 
 
@@ -107,11 +122,16 @@ def prepare(trace: Trace, config: RunConfig) -> Setting:
     hardware = Hardware.load(config.hardware).with_overrides(config.constants)
     shape = _shape(trace, config.model)
     setting = Setting(config, trace.paged(config.page_size), hardware, shape, use, demand)
-    setting.policy()
     if config.model:
         setting.notes.append(f"what-if: the attention of {trace.geometry.name}, pages and compute of {shape.name}")
     if use != Use():
         setting.notes.append(f"a page is used by the predicate use = {config.use}")
+    if setting.concurrency < config.concurrency:
+        setting.notes.append(f"{setting.concurrency} requests run together: the trace holds no more")
+    for request in setting.trace.requests():  # what cannot work is said before hours of work
+        new_cache(setting, request, setting.policy())
+    if setting.lossy and (config.host or config.ssd):
+        setting.notes.append("host and ssd have no effect in the lossy regime: evicted pages are gone")
     return setting
 
 
@@ -130,45 +150,63 @@ def _shape(trace: Trace, model: str | None) -> ModelShape:
     return replace(shape_from_config(config), name=path.parent.name or path.stem)
 
 
+def new_cache(setting: Setting, request: Request, policy: Any, audit: bool = False) -> Cache:
+    """An empty cache for one request. Raises ConfigError for a budget or tiers that cannot work."""
+    return Cache(
+        setting.trace.lanes,
+        request.stride,
+        policy,
+        Capacity(setting.budget(request), setting.tier("host"), setting.tier("ssd")),
+        offload=None if setting.lossy else registry.build(str(setting.config.offload), "offload"),
+        use=setting.use,
+        demand=setting.demand,
+        page_size=request.page_size,
+        seed=setting.config.seed,
+        audit=audit,
+    )
+
+
 class Replay:
     """One request through its cache, step by step; pages only, no time.
 
-    `ceiling`: also compute, per step, the most any cache of this budget could attend to. `audit`: recount the
-    table after every step, not only at the end.
+    `ceiling`: in the lossy regime, also compute per step the most any cache of this budget could attend to.
+    `audit`: recount the table after every step, not only at the end.
     """
 
     def __init__(self, setting: Setting, request: Request, *, ceiling: bool = False, audit: bool = False):
-        self.request, self.setting, self._wants_ceiling = request, setting, ceiling
+        self.request, self.setting, self._wants_ceiling = request, setting, ceiling and setting.lossy
         policy = setting.policy()
         self.lanes = setting.lanes(policy)
-        self.budget = setting.budget(request, self.lanes)
+        self.budget = setting.budget(request)
         if callable(getattr(policy, "foresee", None)):
             pool = setting.trace.pool if policy.granularity == "head" else policy.granularity
             policy.foresee(replace(request, pool=pool), setting.predicate)
-        self.cache = Cache(
-            setting.trace.lanes,
-            request.stride,
-            policy,
-            Capacity(self.budget, setting.tier("host", self.lanes), setting.tier("ssd", self.lanes)),
-            offload=None if setting.lossy else registry.build(str(setting.config.offload), "offload"),
-            use=setting.use,
-            demand=setting.demand,
-            page_size=request.page_size,
-            seed=setting.config.seed,
-            audit=audit,
-        )
+        self.cache = new_cache(setting, request, policy, audit)
         self.ceiling = np.full(self.cache.rows, np.nan)
+
+    def decides(self, a: Access) -> bool:
+        """Does the policy have to choose in this step?"""
+        c = self.cache
+        if not (c.evicts or c.selects) or a.keys <= int(c.budget.min()):
+            return False
+        if a.prefill:
+            return c.evicts and (c.policy.cut_prompt or not c.lossy)
+        return not c.lossy or a.step % c.policy.lag == 0
 
     def __iter__(self) -> Iterator[tuple[Access, Outcome]]:
         """Prefill first; the arrays of an Access are overwritten by the next one."""
         for access in self.request.accesses():
             outcome = self.cache.access(access)
             if self._wants_ceiling and not access.prefill:
-                self._ceiling(access)
+                self._ceiling(access, outcome)
             yield access, outcome
         self.cache.audit(access)
 
-    def _ceiling(self, a: Access) -> None:
-        """Per row lane, the sum of the budget + 1 largest weights: no cache of `budget` pages attends to more."""
-        count = np.repeat(self.cache.budget, self.cache.rows // self.cache.lanes) + 1
+    def _ceiling(self, a: Access, o: Outcome) -> None:
+        """Per row lane, the sum of the budget + 1 largest weights: no cache of `budget` pages attends to more.
+
+        Where a lag lets a policy hold more for some steps, as many as it held.
+        """
+        most = np.maximum(self.cache.budget + 1, 0 if self.cache.selects else o.held)
+        count = np.repeat(most, self.cache.rows // self.cache.lanes)
         kernels.largest_sum(a.row.reshape(self.cache.rows, -1), a.keys, count, self.ceiling)

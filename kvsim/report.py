@@ -7,30 +7,37 @@ one word says which is to blame (design decision 18). Only caches are replayed h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from kvsim.config import RunConfig, run_config
 from kvsim.replay import Replay, prepare
 from kvsim.results import Result
+from kvsim.simulate import run
 from kvsim.trace.access import Trace
 from kvsim.units import format_bandwidth, format_bytes, format_seconds
 
-REFERENCES = {"lossy": ("random", "lru", "belady", "mass-oracle"), "offload": ("random", "lru", "belady")}
+REFERENCES = {
+    "lossy": ("random", "lru", "lfu", "belady", "mass-oracle"),
+    "offload": ("random", "lru", "lfu", "belady"),
+}
+_TIMED = ("full", "lru")  # references whose latency is shown beside the policy's
 
 
 @dataclass(frozen=True)
 class Line:
-    """One policy at the run's budget. `value` is recall (lossy) or page hit rate (offload).
+    """One policy at the run's budget. `value` is recall (lossy) or page hit rate (offload), `tpot_p99_s` seconds.
 
-    `kind` says what it may be used for.
+    `kind` says what it may be used for: "policy", "baseline", "oracle", "bound" or "full".
     """
 
     name: str
     value: float
-    kind: str  # "policy", "baseline", "oracle", "bound", "full"
+    kind: str
+    tpot_p99_s: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -54,30 +61,62 @@ class Comparison:
 
 
 def compare(trace: Trace, result: Result, progress: Callable[[int, int], None] | None = None) -> Comparison:
-    """Replay the references at the budget of `result`, a run of the same trace, and judge its loss."""
+    """Replay the references at the budget of `result`, a run of the same trace, and judge its loss.
+
+    References decide at the policy's granularity. The full cache and LRU are timed too.
+    """
     config = run_config(result.manifest["config"])
-    lossy = config.regime == "lossy"
-    metric, key = ("recall", "recall") if lossy else ("page hit rate", "page_hit_rate")
-    policy = result.summary[key]
-    lines = [Line("full cache", 1.0, "full"), Line(config.policy, policy, "policy")]
-    names = [n for n in REFERENCES[str(config.regime)] if n != config.policy and config.demand != "select"]
+    key = metric(result)
+    policy = Line(config.policy, result.summary[key], "policy", result.summary["tpot_p99_s"])
+    lines, names = [policy], ("full", *REFERENCES[str(config.regime)])
+    granularity = result.manifest["policy"]["granularity"]
     for i, name in enumerate(names):
         if progress:
             progress(i, len(names))
-        value = replay_value(trace, config.model_copy(update={"policy": name, "granularity": None}), key)
-        lines.append(Line(name, value, "oracle" if name in ("belady", "mass-oracle") else "baseline"))
-    if lossy:
-        bound = result.summary["ceiling"]
-        lines.append(Line("step ceiling", bound, "bound"))
-    else:  # on unit pages nothing misses less than Belady
-        bound = max((x.value for x in lines if x.name == "belady"), default=float("nan"))
-    lines.sort(key=lambda x: (-x.value, x.name))
-    return Comparison(metric, lines, judge(policy, bound), policy, bound)
+        if name == config.policy or (config.demand == "select" and name != "full"):
+            continue
+        changed = {"policy": name, "granularity": granularity}
+        if config.demand == "select":  # the full cache has no read set: it reads everything
+            changed["demand"] = "dense"
+        lines.append(_reference(trace, config.model_copy(update=changed), key))
+    if key == "recall":
+        lines.append(Line("step ceiling", result.summary["ceiling"], "bound"))
+    best = bound([{"policy": x.name, key: x.value, "ceiling": result.summary["ceiling"]} for x in lines], key)
+    lines.sort(key=lambda x: (-round(x.value, 6), x.name))
+    return Comparison(key.replace("_", " "), lines, judge(policy.value, best), policy.value, best)
+
+
+def _reference(trace: Trace, config: RunConfig, key: str) -> Line:
+    name = config.policy
+    kind = {"full": "full", "belady": "oracle", "mass-oracle": "oracle"}.get(name, "baseline")
+    label = "full cache" if name == "full" else name
+    if name in _TIMED:
+        summary = run(trace, config, ceiling=False).summary
+        return Line(label, summary[key], kind, summary["tpot_p99_s"])
+    return Line(label, replay_value(trace, config, key), kind)
+
+
+def metric(result: Result) -> str:
+    """What tables and verdicts judge: recall, or the page hit rate where pages come back."""
+    return "recall" if result.manifest["config"]["regime"] == "lossy" else "page_hit_rate"
+
+
+def bound(rows: Iterable[Mapping[str, Any]], key: str) -> float:
+    """The best any cache of this size could do, from comparable rows (same budget, pages, demand); nan if unknown.
+
+    The step ceiling where pages are lost; Belady where they come back, exact for pages of one size.
+    """
+    if key == "recall":
+        known = [row["ceiling"] for row in rows if math.isfinite(row["ceiling"]) and row["policy"] != "full"]
+        return min(known, default=float("nan"))
+    return max((row[key] for row in rows if row["policy"] == "belady"), default=float("nan"))
 
 
 def judge(policy: float, bound: float) -> str:
-    """ "capacity" when at least two thirds of the loss lie above the bound, "policy" when they lie below it, else
-    "both"."""
+    """Whose loss it is (design decision 18).
+
+    "capacity" when at least two thirds of it lie above the bound, "policy" when they lie below, else "both".
+    """
     loss = 1.0 - policy
     if loss < 5e-4:
         return "none"
@@ -112,31 +151,37 @@ def replay_value(trace: Trace, config: RunConfig, key: str) -> float:
 def summary_rows(result: Result) -> list[tuple[str, str, str]]:
     """(what, value, meaning) for the table of a run."""
     s, c = result.summary, result.manifest["config"]
-    lossy = c["regime"] == "lossy"
     rows = [("recall", f"{s['recall']:.4f}", "attention mass that the decode steps still read")]
-    if not lossy:
-        rows.append(
-            ("page hit rate", f"{s['page_hit_rate']:.4f}", f"needed pages found on the GPU, demand {c['demand']}")
-        )
+    if c["regime"] == "offload":
+        rows.append(("page hit rate", f"{s['page_hit_rate']:.4f}", "needed pages found on the GPU"))
         rows.append(("mass hit rate", f"{s['mass_hit_rate']:.4f}", "attention mass found on the GPU"))
     else:
-        rows.append(
-            ("recurrence loss", f"{s['recurrence_loss']:.4f}", "uses of a page that had been evicted, of all uses")
-        )
+        rows.append(("recurrence loss", f"{s['recurrence_loss']:.4f}", "uses that found their page gone, of all uses"))
+    tpot = f"{format_seconds(s['tpot_p50_s'])} / {format_seconds(s['tpot_p99_s'])}"
     rows += [
-        (
-            "TPOT p50 / p99",
-            f"{format_seconds(s['tpot_p50_s'])} / {format_seconds(s['tpot_p99_s'])}",
-            "per output token, predicted",
-        ),
+        ("TPOT p50 / p99", tpot, "per output token, predicted"),
         ("TTFT mean", format_seconds(s["ttft_mean_s"]), "from admission, predicted"),
-        ("stall share", f"{s['stall_share']:.1%}", "GPU waiting for pages, of decode time"),
-        ("peak KV on GPU", format_bytes(s["peak_bytes"]), "of the largest request"),
+        ("stall share", f"{s['stall_share']:.1%}", "of decode time: the GPU waits for pages"),
+        ("submit share", f"{s['submit_share']:.1%}", "of decode time: the GPU waits for launches and copy submits"),
+        ("peak KV on GPU", format_bytes(s["peak_bytes"]), "while attention runs, all running requests, prefill too"),
     ]
     links = result.tables["links"]
     for i, name in enumerate(links["link"]):
         if links["bytes"][i]:
             rate = format_bandwidth(links["bytes"][i] / links["busy_s"][i])
-            meaning = f"busy {links['utilisation'][i]:.1%}, {rate} while busy"
+            meaning = f"busy {links['utilisation'][i]:.1%} of the run, {rate} while busy"
             rows.append((f"{name} {links['direction'][i]}", format_bytes(links["bytes"][i]), meaning))
     return rows
+
+
+def title(result: Result) -> str:
+    """One line that says what was run."""
+    m, c = result.manifest, result.manifest["config"]
+    parts = [
+        f"{m['trace']['name']} ({m['trace']['requests']} requests)",
+        f"{c['policy']} at {c['budget']} {m['budget_basis']} ({format_bytes(m['budget_bytes'])} per request)",
+        c["regime"] if c["regime"] == "lossy" else f"offload to {c['offload']}, demand {c['demand']}",
+        f"pages of {c['page_size']}, {c['concurrency']} at a time",
+        f"{m['model']['name']} on {m['hardware']['name']}",
+    ]
+    return " | ".join(parts)

@@ -23,31 +23,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-STEPS = {
-    "request": np.int32, "step": np.int32, "start_s": np.float64, "end_s": np.float64, "compute_s": np.float64,
-    "stall_s": np.float64, "weight": np.float64, "attended": np.float64, "hit": np.float64, "ceiling": np.float64,
-    "used_pages": np.int64,
-    "found_pages": np.int64, "resident_pages": np.int64, "read_bytes": np.float64, "fetched_host_bytes": np.float64,
-    "fetched_ssd_bytes": np.float64, "spilled_host_bytes": np.float64, "spilled_ssd_bytes": np.float64,
-    "dropped_pages": np.int64,
-}  # fmt: skip
-REQUESTS = {
-    "request": np.int32, "prompt_tokens": np.int32, "output_tokens": np.int32, "admitted_s": np.float64,
-    "first_token_s": np.float64,
-    "finish_s": np.float64, "ttft_s": np.float64, "tpot_s": np.float64, "recall": np.float64, "hit_rate": np.float64,
-    "budget_pages": np.int64, "request_pages": np.int64, "peak_pages": np.int64, "peak_bytes": np.float64,
-}  # fmt: skip
-LANES = {
-    "layer": np.int16, "kv_head": np.int16, "weight": np.float64, "attended": np.float64, "hit": np.float64,
-    "used_pages": np.int64,
-    "found_pages": np.int64,
-}  # fmt: skip
-LINKS = {
-    "link": str, "direction": str, "bytes": np.float64, "transfers": np.int64, "busy_s": np.float64, "waited_s":
-    np.float64,
-    "utilisation": np.float64,
-}  # fmt: skip
-TABLES: dict[str, dict[str, Any]] = {"steps": STEPS, "requests": REQUESTS, "lanes": LANES, "links": LINKS}
+
+
+def _schema(text: str) -> dict[str, str]:
+    """Columns from "name kind, name kind": NumPy kinds, O for text."""
+    columns = (column.split() for column in text.split(","))
+    return {name: kind for name, kind in columns}  # noqa: C416
+
+
+STEPS = _schema(
+    "request i4, step i4, start_s f8, end_s f8, compute_s f8, stall_s f8, submit_s f8, weight f8, attended f8, hit f8, "
+    "ceiling f8, used_pages i8, found_pages i8, resident_pages i8, resident_bytes f8, held_bytes f8, read_bytes f8, "
+    "fetched_host_bytes f8, fetched_ssd_bytes f8, spilled_host_bytes f8, spilled_ssd_bytes f8, dropped_pages i8"
+)
+REQUESTS = _schema(
+    "request i4, prompt_tokens i4, output_tokens i4, admitted_s f8, first_token_s f8, finish_s f8, ttft_s f8, "
+    "tpot_s f8, recall f8, page_hit_rate f8, budget_pages i8, request_pages i8, peak_bytes f8"
+)
+LANES = _schema("layer i2, kv_head i2, weight f8, attended f8, hit f8, used_pages i8, found_pages i8")
+LINKS = _schema("link O, direction O, bytes f8, transfers i8, busy_s f8, waited_s f8, utilisation f8")
+TABLES: dict[str, dict[str, str]] = {"steps": STEPS, "requests": REQUESTS, "lanes": LANES, "links": LINKS}
 
 
 class Recorder:
@@ -63,10 +58,7 @@ class Recorder:
             self.columns[name].append(value)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {
-            n: np.array(v, dtype=self.schema[n] if self.schema[n] is not str else object)
-            for n, v in self.columns.items()
-        }
+        return {name: np.array(values, dtype=self.schema[name]) for name, values in self.columns.items()}
 
 
 class Result:
@@ -105,11 +97,12 @@ class Result:
         return self.manifest["id"]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder whole or not at all.
+        """Write the folder whole or not at all; the same run is replaced.
 
-        Raises ResultError when it cannot be written, or exists with another run.
+        Raises ResultError when it cannot be written, or when another run or something else is there.
         """
         folder = Path(folder)
+        check_free(folder, self.id)
         with beside(folder) as partial:
             write_json(partial / "manifest.json", self.manifest)
             write_json(partial / "timing.json", self.timing)
@@ -125,6 +118,7 @@ def open_result(folder: str | Path) -> Result:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
         tables = {
             name: {c: column.to_numpy() for c, column in zip(t.column_names, t.columns, strict=True)}
             for name in TABLES
@@ -136,13 +130,17 @@ def open_result(folder: str | Path) -> Result:
         ) from None
     if manifest.get("schema") != SCHEMA:
         raise ResultError(f"result schema {manifest.get('schema')}, this kvsim reads {SCHEMA}", where=str(folder))
-    return Result(tables, manifest)
+    return Result(tables, manifest, timing)
 
 
 def run_id(identity: Mapping[str, Any]) -> str:
     """A name made of everything that decides the result."""
-    text = json.dumps({"schema": SCHEMA, **identity}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest({"schema": SCHEMA, **identity})[:16]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
@@ -163,8 +161,8 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
         "tpot_p90_s": _quantile(gaps, 0.9),
         "tpot_p99_s": _quantile(gaps, 0.99),
         "ttft_mean_s": float(r["ttft_s"].mean()),
-        "stall_share": ratio(s["stall_s"][d].sum(), span),
-        "peak_bytes": float(r["peak_bytes"].max()),
+        "stall_share": ratio(s["stall_s"][d].sum(), span) if span else 0.0,
+        "submit_share": ratio(s["submit_s"][d].sum(), span) if span else 0.0,
         "decode_steps": int(d.sum()),
         "end_s": float(s["end_s"].max()),
     }
@@ -189,17 +187,26 @@ def _quantile(values: np.ndarray, q: float) -> float:
     return float(np.quantile(values, q)) if len(values) else float("nan")
 
 
+def check_free(folder: Path, run: str) -> None:
+    """Raise ResultError unless `folder` can take the result of `run`: asked before the work and before writing."""
+    try:
+        held = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("id")
+    except (OSError, ValueError):
+        held = None
+    hint = "choose another folder with -o"
+    if held not in (None, run):
+        raise ResultError(f"the folder holds another run ({held})", where=str(folder), hint=hint)
+    if held is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ResultError("the name is taken by something that is not a kvsim result", where=str(folder), hint=hint)
+    parent = next((p for p in folder.absolute().parents if p.exists()), Path("/"))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ResultError(f"cannot write below {parent}", where=str(folder), hint=hint)
+
+
 @contextmanager
 def beside(final: Path) -> Iterator[Path]:
-    """A folder to write into that takes its final name only when the block succeeds; an earlier result is replaced.
-
-    Raises ResultError when it cannot be written, or when the name is taken by something that is not a result of ours.
-    """
+    """A folder to write into that takes its final name only when the block succeeds; an earlier result is replaced."""
     partial = final.with_name(final.name + ".partial")
-    if final.exists() and not (final / "manifest.json").exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ResultError(
-            "the name is taken by something that is not a kvsim result", where=str(final), hint="choose another with -o"
-        )
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():
@@ -210,9 +217,8 @@ def beside(final: Path) -> Iterator[Path]:
             shutil.rmtree(final)
         os.replace(partial, final)
     except OSError as error:
-        raise ResultError(
-            f"cannot write: {error.strerror or error}", where=str(final), hint="choose another folder with -o"
-        ) from None
+        what = f"cannot write: {error.strerror or error}"
+        raise ResultError(what, where=str(final), hint="choose another folder with -o") from None
     finally:
         if partial.exists():
             shutil.rmtree(partial, ignore_errors=True)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvsim import registry, results
-from kvsim.cache.cache import Cache, Outcome
+from kvsim.cache.cache import Outcome
 from kvsim.config import RunConfig, run_config
 from kvsim.errors import KvsimError
 from kvsim.replay import Replay, Setting, prepare
 from kvsim.results import Recorder, Result
 from kvsim.trace.access import Access, Trace
-from kvsim.units import parse_budget
+from kvsim.units import format_bytes, parse_budget
 
 if TYPE_CHECKING:
     from kvsim.machine import Machine, Record, Work
@@ -60,7 +60,7 @@ def run(
     except KvsimError as copied:  # SimPy raises a copy; the original has all three lines
         raise (copied.__cause__ if isinstance(copied.__cause__, KvsimError) else copied) from None
     tables = books.tables(machine, env.now)
-    return Result(tables, _manifest(setting, tables, machine))
+    return Result(tables, _manifest(setting, tables, machine, books.peak))
 
 
 @dataclass
@@ -71,8 +71,10 @@ class _Running:
     steps: Iterator[tuple[Access, Outcome]]
     admitted: float
     first_token: float = 0.0
+    last_token: float = 0.0
     decoded: int = 0
-    peak: int = 0
+    held: float = 0.0  # bytes on the GPU in its latest step
+    peak: float = 0.0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
 
 
@@ -86,13 +88,15 @@ def _serve(env: Any, machine: Machine, setting: Setting, books: _Books, ceiling:
             replay = Replay(setting, waiting.pop(), ceiling=ceiling)
             new = _Running(replay, iter(replay), env.now)
             yield from _iterate(machine, setting, books, [new])
-            new.first_token = env.now
+            new.first_token = new.last_token = env.now
             running.append(new)
+            books.peak = max(books.peak, sum(r.held for r in running))
         finished = yield from _iterate(machine, setting, books, running)
+        books.peak = max(books.peak, sum(r.held for r in running))
         done += len(running) - len(finished)
         progress(done, total)
         for r in finished:
-            books.retire(r, env.now)
+            books.retire(r)
             running.remove(r)
 
 
@@ -125,10 +129,11 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
         known="start" if setting.demand is not None and setting.demand.kind == "all" else "layer",
     )
     for r, a, o in stepped:
-        layers, heads = r.replay.lanes
-        of = np.arange(shape.layers) * layers // shape.layers  # the table's layer that stands for each of the model's
+        heads = r.replay.lanes[1]
+        of = setting.model_layers(r.replay.lanes)
         page = setting.trace.page_size * shape.kv_token_bytes / heads  # one table lane's page in one of those layers
-        copies = max(1.0, shape.kv_heads / heads) if heads > 1 else 1.0  # each head's page is a copy of its own
+        apart = r.replay.cache.policy.granularity == "head"  # each head's page is a copy of its own
+        copies = max(1.0, shape.kv_heads / heads) if apart else 1.0
         runs = o.fetched_runs if setting.hardware.host.merge else o.fetched
         work.kv_read += a.tokens * shape.kv_token_bytes if prefill else page * o.read[of]
         for tier, name in ((1, "host"), (2, "ssd")):
@@ -136,21 +141,22 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
             getattr(work, f"fetch_{name}_copies")[:] += copies * runs[tier][of]
             getattr(work, f"spill_{name}")[:] += page * o.spilled[tier][of]
             getattr(work, f"spill_{name}_copies")[:] += copies * o.spilled[tier][of]
-        work.policy_s += _policy_seconds(setting, r.replay.cache)
+    work.policy_s = _policy_seconds(setting, [r.replay for r, a, _ in stepped if r.replay.decides(a)])
     return work
 
 
-def _policy_seconds(setting: Setting, cache: Cache) -> float:
-    """Modelled cost of a decision: a small kernel per layer, and one pass over the policy's state of every page.
+def _policy_seconds(setting: Setting, deciding: list[Replay]) -> float:
+    """Modelled cost of choosing: one small kernel per layer for the batch, and a pass over the policy's state.
 
     A fixed model (design decision 21): 8 bytes per page and lane for key and score, 4 for each private column.
     """
-    if not (cache.evicts or cache.selects) or not cache.policy.bounded:
-        return 0.0
     shape, gpu = setting.shape, setting.hardware.gpu
-    lanes = shape.layers * (shape.kv_heads if cache.shape[1] > 1 else 1)
-    state = lanes * int(cache.budget.max()) * (8 + 4 * len(cache.policy.columns))
-    return shape.layers * gpu.kernel_time + state / gpu.weight_bandwidth
+    state = 0.0
+    for replay in deciding:
+        policy = replay.cache.policy
+        lanes = shape.layers * (shape.kv_heads if policy.granularity == "head" else 1)
+        state += lanes * int(replay.cache.budget.max()) * (8 + 4 * len(policy.columns))
+    return shape.layers * gpu.kernel_time + state / gpu.weight_bandwidth if deciding else 0.0
 
 
 class _Books:
@@ -161,9 +167,10 @@ class _Books:
         self.steps, self.requests = Recorder(results.STEPS), Recorder(results.REQUESTS)
         layers, heads = setting.trace.lanes
         self.lanes = {name: np.zeros(layers * heads) for name in _SUMS}
+        self.peak = 0.0  # bytes on the GPU, over all requests that run
 
     def step(self, r: _Running, a: Access, o: Outcome, when: Record) -> None:
-        page = self.setting.page_bytes(r.replay.lanes)
+        lane, heads = self.setting.lane_bytes(r.replay.lanes), r.replay.lanes[1]
         found = dict(zip(_SUMS, (o.total, o.attended, o.hit, o.used, o.found), strict=True))
         sums = {name: float(value.sum(dtype=np.float64)) for name, value in found.items()}
         if not a.prefill:
@@ -171,8 +178,10 @@ class _Books:
             for name in _SUMS:
                 self.lanes[name] += found[name]
                 r.sums[name] += sums[name]
-        resident = int(o.resident.sum())
-        r.peak = max(r.peak, resident)
+        resident = o.resident.reshape(-1, heads).sum(1)
+        r.last_token = when.end_s
+        r.held = self._held(r, o, lane)
+        r.peak = max(r.peak, r.held)
         self.steps.add(
             request=r.replay.request.id,
             step=a.step,
@@ -180,18 +189,30 @@ class _Books:
             end_s=when.end_s,
             compute_s=when.compute_s,
             stall_s=when.stall_s,
+            submit_s=when.submit_s,
             ceiling=r.replay.ceiling.sum(),
-            resident_pages=resident,
-            read_bytes=page * o.read.sum(),
-            fetched_host_bytes=page * o.fetched[1].sum(),
-            fetched_ssd_bytes=page * o.fetched[2].sum(),
-            spilled_host_bytes=page * o.spilled[1].sum(),
-            spilled_ssd_bytes=page * o.spilled[2].sum(),
+            resident_pages=resident.sum(),
+            resident_bytes=lane @ resident,
+            held_bytes=r.held,
+            read_bytes=lane @ o.read,
+            fetched_host_bytes=lane @ o.fetched[1],
+            fetched_ssd_bytes=lane @ o.fetched[2],
+            spilled_host_bytes=lane @ o.spilled[1],
+            spilled_ssd_bytes=lane @ o.spilled[2],
             dropped_pages=o.dropped,
             **sums,
         )
 
-    def retire(self, r: _Running, now: float) -> None:
+    def _held(self, r: _Running, o: Outcome, lane: np.ndarray) -> float:
+        """Bytes on the GPU while attention ran. Fetched pages pass through the staging buffers of a few layers."""
+        fetched = o.fetched.sum(0)
+        kept = o.held.reshape(-1, r.replay.lanes[1]).sum(1) - fetched
+        of = self.setting.model_layers(r.replay.lanes)
+        staged = (lane * fetched / np.bincount(of, minlength=len(lane)))[of]  # per layer of the timed model
+        depth = int(self.setting.hardware.gpu.staging_layers)
+        return float(lane @ kept + np.sort(staged)[-depth:].sum())
+
+    def retire(self, r: _Running) -> None:
         request, sums = r.replay.request, r.sums
         self.requests.add(
             request=request.id,
@@ -199,15 +220,14 @@ class _Books:
             output_tokens=request.output_tokens,
             admitted_s=r.admitted,
             first_token_s=r.first_token,
-            finish_s=now,
+            finish_s=r.last_token,
             ttft_s=r.first_token - r.admitted,
-            tpot_s=(now - r.first_token) / max(1, r.decoded),
+            tpot_s=(r.last_token - r.first_token) / max(1, r.decoded),
             recall=results.ratio(sums["attended"], sums["weight"]),
-            hit_rate=results.ratio(sums["found_pages"], sums["used_pages"]),
+            page_hit_rate=results.ratio(sums["found_pages"], sums["used_pages"]),
             budget_pages=r.replay.budget,
             request_pages=request.stride,
-            peak_pages=r.peak,
-            peak_bytes=r.peak * self.setting.page_bytes(r.replay.lanes),
+            peak_bytes=r.peak,
         )
 
     def tables(self, machine: Machine, now: float) -> dict[str, dict[str, np.ndarray]]:
@@ -229,7 +249,9 @@ class _Books:
         return {name: recorder.arrays() for name, recorder in recorders.items()}
 
 
-def _manifest(setting: Setting, tables: dict[str, dict[str, np.ndarray]], machine: Machine) -> dict[str, Any]:
+def _manifest(
+    setting: Setting, tables: dict[str, dict[str, np.ndarray]], machine: Machine, peak: float
+) -> dict[str, Any]:
     """How the result was made. Everything here is a function of configuration, trace and code: no clock, no paths."""
     policy, identity = setting.policy(), identify(setting)
     constants = {key: [c.value, c.evidence, c.source] for key, c in setting.hardware.constants.items()}
@@ -248,12 +270,23 @@ def _manifest(setting: Setting, tables: dict[str, dict[str, np.ndarray]], machin
             "rows": policy.rows,
         },
         "budget_basis": _BASIS[parse_budget(setting.config.budget)[1]],
-        "budget_bytes": float(np.mean(tables["requests"]["budget_pages"])) * setting.page_bytes((1, 1)),
+        "budget_bytes": float(np.mean(tables["requests"]["budget_pages"])) * setting.page_bytes,
         "evidence": "latency: predicted by the machine model from the constants above; " + CAVEAT,
+        "warnings": _warnings(setting, peak),
         "notes": _notes(setting, policy, tables["requests"]),
         "events": int(machine.events),
-        "summary": results.summarise(tables),
+        "summary": {**results.summarise(tables), "peak_bytes": peak},
     }
+
+
+def _warnings(setting: Setting, peak: float) -> list[str]:
+    """What makes the numbers those of a machine that does not exist."""
+    shape, memory = setting.shape, setting.hardware.gpu.memory
+    weights = shape.layers * shape.layer_bytes + shape.hidden * shape.vocab * shape.value_bytes
+    if weights + peak <= memory:
+        return []
+    need = f"{format_bytes(weights)} of weights and {format_bytes(peak)} of pages"
+    return [f"{need} are more than the GPU's {format_bytes(memory)}; the run goes on as if they fitted"]
 
 
 def _notes(setting: Setting, policy: Any, requests: dict[str, np.ndarray]) -> list[str]:
@@ -266,23 +299,34 @@ def _notes(setting: Setting, policy: Any, requests: dict[str, np.ndarray]) -> li
     if setting.lossy and policy.lag > 1:
         late = f"may hold {policy.lag - 1} pages per lane over the budget: see peak_bytes"
         notes.append(f"{name} decides every {policy.lag} steps and {late}")
-    weights = shape.layers * shape.layer_bytes + shape.hidden * shape.vocab * shape.value_bytes
-    largest = np.sort(requests["peak_bytes"])[-setting.config.concurrency :].sum()
-    if weights + largest > setting.hardware.gpu.memory:
+    if setting.lossy and callable(getattr(policy, "select", None)):
+        notes.append(f"{name} reads the budget but holds every page: it saves bandwidth, not memory")
+    if setting.lossy and policy.rows == "visible" and setting.trace.manifest.get("heads") != "query":
         notes.append(
-            "weights and resident pages are more than the GPU's memory holds; the run goes on as if they fitted"
+            "after eviction rows are renormalised per KV head, on the mean of its query heads: our variant of what the "
+            "published code sees per query head"
         )
+    if not setting.lossy:
+        notes.append("demand is clairvoyant: a step waits for the pages its true attention weights name")
+    if setting.config.model is None and shape.layer_bytes < setting.hardware.gpu.weight_bandwidth * 1e-6:
+        notes.append(f"{shape.name} is so small that fixed kernel times are all there is; --model times another one")
     return notes
 
 
 def identify(setting: Setting) -> dict[str, Any]:
-    """What decides a result: configuration, trace content, version, and the source of the policy."""
+    """What decides a result: configuration and the files it names, trace content, version, source of the policies."""
     from kvsim import __version__
 
-    trace = setting.trace
+    trace, config = setting.trace, setting.config
+    loaded = {
+        "hardware": {key: c.value for key, c in setting.hardware.constants.items()},
+        "model": vars(setting.shape),
+        "offload": None if setting.lossy else registry.source_hash(registry.build(str(config.offload), "offload")),
+    }
     return {
-        "config": setting.config.model_dump(),
+        "config": config.model_dump(),
         "trace": {"fingerprint": trace.fingerprint, "name": trace.name, "requests": len(trace.sources)},
         "source": registry.source_hash(setting.policy()),
+        "loaded": results.digest(loaded),
         "kvsim": __version__,
     }

@@ -18,9 +18,9 @@ import numpy as np
 
 from kvsim import results
 from kvsim.config import parse_settings, read_toml, run_config
-from kvsim.errors import ConfigError, ResultError
+from kvsim.errors import ConfigError, KvsimError, ResultError
 from kvsim.replay import prepare
-from kvsim.report import VERDICTS, judge
+from kvsim.report import VERDICTS, bound, judge, metric
 from kvsim.results import Result, open_result
 from kvsim.simulate import identify, run
 from kvsim.trace.access import Trace
@@ -117,7 +117,7 @@ def run_sweep(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progre
         raise ConfigError(f"{jobs} jobs", hint="use 1 or more")
     folder = Path(folder)
     trace = _trace(plan.trace)
-    ids = [results.run_id(identify(prepare(trace, run_config(p, plan.where)))) for p in plan.points]
+    ids = [_identity(trace, plan, point) for point in plan.points]
     todo = {i: p for i, p in zip(ids, plan.points, strict=True) if not (folder / i / "manifest.json").exists()}
     done = len(set(ids)) - len(todo)
     report = progress or (lambda done, total: None)
@@ -128,6 +128,18 @@ def run_sweep(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progre
     grid = Grid([open_result(folder / i) for i in dict.fromkeys(ids)], plan.axes)
     grid.save(folder / "grid.parquet")
     return grid
+
+
+def _identity(trace: Trace, plan: Plan, point: dict[str, Any]) -> str:
+    """A point's id; every point is checked before any is run, and an error names the point."""
+    try:
+        return results.run_id(identify(prepare(trace, run_config(point, plan.where))))
+    except KvsimError as error:
+        named = ", ".join(f"{axis} = {point[axis]!r}" for axis in plan.axes if axis in point)
+        where = f"{plan.where or plan.name}, {named}" + (
+            f", {error.where}" if error.where not in (None, plan.where) else ""
+        )
+        raise type(error)(error.what, where=where, hint=error.hint) from None
 
 
 def _execute(plan: Plan, folder: Path, todo: Mapping[str, dict[str, Any]], jobs: int) -> Iterator[str]:
@@ -223,23 +235,27 @@ class Grid:
         with results.file_beside(path) as partial:
             results.write_table(partial, columns)
 
-    # -- the table a person reads: policies down, budgets across ------------------------------------------------
-
-    def _pivot(self) -> tuple[list[str], list[str], dict[tuple[str, str], dict[str, Any]]]:
-        """Row labels, budgets and the run in each cell; a row is every axis but the budget."""
-        others = [a for a in self.axes if a != "budget"] or ["policy"]
-        cells = {}
-        for row in self.rows():
-            cells[", ".join(str(row.get(a)) for a in others), str(row["budget"])] = row
-        return list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(b for _, b in cells)), cells
+    # -- the table a person reads: runs down, budgets across ----------------------------------------------------
 
     @property
     def metric(self) -> str:
-        """What the table and the verdicts judge: recall, or the page hit rate where pages come back."""
-        return "recall" if self.runs[0].manifest["config"]["regime"] == "lossy" else "page_hit_rate"
+        """What the table and the verdicts judge; runs of both regimes are judged by recall."""
+        found = {metric(run) for run in self.runs}
+        return found.pop() if len(found) == 1 else "recall"
+
+    def _groups(self) -> dict[str, list[dict[str, Any]]]:
+        """Rows that may be compared with each other: alike in every axis but policy and budget."""
+        others = [a for a in self.axes if a not in ("policy", "budget")]
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows():
+            groups.setdefault(", ".join(f"{a}={row.get(a)}" for a in others), []).append(row)
+        return groups
+
+    def _budgets(self) -> list[str]:
+        return list(dict.fromkeys(str(row["budget"]) for row in self.rows()))
 
     def table_head(self) -> list[str]:
-        return ["", *self._pivot()[1]]
+        return ["", *self._budgets()]
 
     @property
     def table_title(self) -> str:
@@ -248,39 +264,35 @@ class Grid:
     def table_lines(self) -> list[list[str]]:
         from kvsim.units import format_seconds
 
-        rows, budgets, cells = self._pivot()
         lines = []
-        for r in rows:
-            found = [cells.get((r, b)) for b in budgets]
-            lines.append(
-                [r, *(f"{c[self.metric]:.3f} | {format_seconds(c['tpot_p99_s'])}" if c else "" for c in found)]
-            )
-        if self.metric == "recall":
-            bounds = [self._bound(b) for b in budgets]
-            lines.append(["step ceiling (bound)", *("" if np.isnan(x) else f"{x:.3f} |" for x in bounds)])
+        for group, rows in self._groups().items():
+            cells = {(row["policy"], str(row["budget"])): row for row in rows}
+            for policy in dict.fromkeys(row["policy"] for row in rows):
+                found = [cells.get((policy, b)) for b in self._budgets()]
+                text = [f"{c[self.metric]:.3f} | {format_seconds(c['tpot_p99_s'])}" if c else "" for c in found]
+                lines.append([f"{policy}, {group}" if group else policy, *text])
+            if self.metric == "recall":
+                bounds = [bound([r for r in rows if str(r["budget"]) == b], self.metric) for b in self._budgets()]
+                label = f"step ceiling (bound), {group}" if group else "step ceiling (bound)"
+                lines.append([label, *("" if np.isnan(x) else f"{x:.3f} |" for x in bounds)])
         return lines
 
-    def _bound(self, budget: str) -> float:
-        """The best any cache of this size could do: the step ceiling, or Belady where pages come back."""
-        rows = [r for r in self.rows() if str(r["budget"]) == budget]
-        if self.metric == "recall":
-            return min((r["ceiling"] for r in rows), default=float("nan"))
-        return max((r[self.metric] for r in rows if r["policy"] == "belady"), default=float("nan"))
-
     def verdicts(self) -> list[str]:
-        """Per budget: the best policy that does not know the future, what it loses, and whose loss that is."""
+        """Per group and budget: the best policy that does not know the future, what it loses, and whose loss it is."""
         lines = []
-        for budget in self._pivot()[1]:
-            rows = [r for r in self.rows() if str(r["budget"]) == budget and not r["oracle"] and r["policy"] != "full"]
-            if not rows:
-                continue
-            best = max(rows, key=lambda r: r[self.metric])
-            value, bound = best[self.metric], self._bound(budget)
-            lines.append(
-                f"at {budget}: best online policy {best['policy']}, "
-                f"{self.metric.replace('_', ' ')} {value:.3f} of a possible {bound:.3f} "
-                f"(full cache 1, regret {bound - value:.3f}); verdict: {VERDICTS[judge(value, bound)]}"
-            )
+        for group, rows in self._groups().items():
+            for budget in self._budgets():
+                same = [r for r in rows if str(r["budget"]) == budget]
+                online = [r for r in same if not r["oracle"] and r["policy"] != "full"]
+                if not online:
+                    continue
+                best = max(online, key=lambda r: r[self.metric])
+                value, most = best[self.metric], bound(same, self.metric)
+                lines.append(
+                    f"at {budget}{', ' + group if group else ''}: best online policy {best['policy']}, "
+                    f"{self.metric.replace('_', ' ')} {value:.3f} of a possible {most:.3f} "
+                    f"(full cache 1, regret {most - value:.3f}); verdict: {VERDICTS[judge(value, most)]}"
+                )
         return lines
 
 

@@ -47,7 +47,7 @@ def accuracy(model, problems: int, steps: int, samples: int, seed: int = EVAL_SE
     for at in range(0, samples, batch):
         part = packs[at : at + batch]
         text = generate(model, np.stack([p.tokens[:prompt] for p in part]), cot)
-        for p, t in zip(part, text):
+        for p, t in zip(part, text, strict=True):
             right.append(task.is_right(p, t))
             exact += bool((t == p.tokens[prompt:]).all())
     ok = np.array(right)
@@ -99,8 +99,8 @@ def tables(result: dict) -> str:
     for r in result["accuracy"]:
         mark = " (shipped)" if (r["problems"], r["steps"]) == tuple(result["shipped"]) else ""
         out.append(
-            f"| {r['problems']} x {r['steps']}{mark} | {r['prompt']} | {r['decode']} | {r['samples']} | {100 * r['pack']:.1f} % "
-            f"| {100 * r['problem']:.1f} % | {100 * r['exact']:.1f} % |"
+            f"| {r['problems']} x {r['steps']}{mark} | {r['prompt']} | {r['decode']} | {r['samples']} "
+            f"| {100 * r['pack']:.1f} % | {100 * r['problem']:.1f} % | {100 * r['exact']:.1f} % |"
         )
     out += [
         "",
@@ -140,11 +140,11 @@ def main() -> None:
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
-    rows = []
+    rows, shipped = [], task.lengths(problems=SHIPPED[0], steps=SHIPPED[1])[1]
     for problems, steps in SETTINGS:
         t0 = time.monotonic()
         # Packs longer than the shipped one are for orientation; half the number keeps them affordable.
-        longer = task.lengths(problems=problems, steps=steps)[1] > task.lengths(problems=SHIPPED[0], steps=SHIPPED[1])[1]
+        longer = task.lengths(problems=problems, steps=steps)[1] > shipped
         rows.append(accuracy(model, problems, steps, args.samples // 2 if longer else args.samples))
         print(json.dumps(rows[-1]), f"{time.monotonic() - t0:.0f} s", flush=True)
     result = {

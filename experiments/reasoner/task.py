@@ -17,10 +17,11 @@ The operand x is a constant (few of them, drawn with Zipf weights) or a node com
 Pareto-distributed distance; questions reach back over the whole pack.  So what was written long ago is needed again
 after gaps with a heavy tail, which is what a cache policy for long generations has to cope with.
 
-Three decisions make it learnable by a tiny model.  Every look-up has its key in the token just before it, because such
-one-hop copying is what small transformers pick up first.  A word that means something else is another token: `!x` is
-always followed by the value of x, while a statement that only refers to x writes `&x`.  And every generated token is determined by the prompt, so
-each of them is a training signal, and a greedy decode either follows the only right path or has left it.
+Three decisions make it learnable by a tiny model. Every look-up has its key in the token just before it, because such
+one-hop copying is what small transformers pick up first. A word that means something else is another token: `!x` is
+always followed by the value of x, while a statement that only refers to x writes `&x`. And every generated token is
+determined by the prompt, so each of them is a training signal, and a greedy decode either follows the only right path
+or has left it.
 
 Only numpy and the standard library are needed here.
 """
@@ -59,9 +60,8 @@ class Problem:
     """One pack.  ``tokens[prompt_len:]`` is the only right continuation of ``tokens[:prompt_len]``.
 
     ``need[j]``: positions holding what token j follows from (empty in the prompt).  In an attention trace they belong
-    to the row of query position j-1, the one that produced token j.
-    Look-ups name the statement or the worked-out result itself, never a later mention of it; what is carried over inside
-    a step names its neighbour a few tokens back.
+    to the row of query position j-1, the one that produced token j.  Look-ups name the statement or the worked-out
+    result itself, never a later mention; what is carried over inside a step names its neighbour a few tokens back.
     ``origin[j]``: the position whose content token j repeats, j itself if it states something new.  A value mentioned
     again can be read from any mention: "a cached position has the same origin as the source" is the lenient test,
     "the source itself is cached" the strict one.
@@ -94,7 +94,7 @@ def make(
     const, name = perm[:constants], perm[constants : constants + nodes]
     weight = 1.0 / np.arange(1, constants + 1)
     cdf = np.cumsum(weight / weight.sum())
-    value = {c: int(v) for c, v in zip(const, rng.integers(0, 10, constants))}
+    value = {c: int(v) for c, v in zip(const, rng.integers(0, 10, constants), strict=True)}
     label = [LABEL + (int(s) % LABELS) for s in rng.integers(LABELS) + np.arange(problems)]
     q0 = int(rng.integers(QUESTIONS))
 

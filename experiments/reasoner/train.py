@@ -131,7 +131,7 @@ def measure(model, level, packs: int, seed: int, device: str) -> dict:
         done += len(ids)
     model.train()
     out = {"whole": round(good / done, 4), "token": round(float(hit.sum() / all_.sum()), 5)}
-    out.update({n: round(float(h / a), 4) for n, h, a in zip(KIND_NAMES, hit, all_)})
+    out.update({n: round(float(h / a), 4) for n, h, a in zip(KIND_NAMES, hit, all_, strict=True)})
     return out
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from kvsim.cache import kernels
 from kvsim.cache.demand import FAIR_SHARE, Use
 from kvsim.cache.table import GPU, HOST, SSD, Table
-from kvsim.cache.view import View, locked, share_of, window
+from kvsim.cache.view import View, locked, pages, protected
 from kvsim.errors import ConfigError, KvsimError, PolicyError
 from kvsim.trace.access import Access, Prompt
 
@@ -27,10 +27,11 @@ class Outcome:
     """What one access found and moved.
 
     Per row lane [row_lanes]: `total`, `hit`, `attended` (float32): weight of the full row, found on the GPU, and
-    read by attention; `used`, `found` (int64): used or needed pages, and those of them on the GPU. `resident`:
-    int64 [lanes], pages on the GPU afterwards. Page counts by layer of the table, int64: `read` [layers];
-    `fetched`, `fetched_runs` (from the tier, waited for; runs are neighbouring pages) and `spilled` (written to the
-    tier) [3, layers]. `dropped`: pages that are gone.
+    read by attention; `used`, `found` (int64): used or needed pages, and those of them on the GPU. Per lane of the
+    table, int64 [lanes]: `held`, pages on the GPU while attention ran (new and fetched ones among them, and those
+    that a read set hides; the whole prompt at prefill); `resident`, pages on the GPU afterwards. Page counts by
+    layer of the table, int64: `read` [layers]; `fetched`, `fetched_runs` (from the tier, waited for; runs are neighbouring pages)
+    and `spilled` (written to the tier) [3, layers]. `dropped`: pages that are gone.
     """
 
     total: np.ndarray
@@ -38,6 +39,7 @@ class Outcome:
     attended: np.ndarray
     used: np.ndarray
     found: np.ndarray
+    held: np.ndarray
     resident: np.ndarray
     read: np.ndarray
     fetched: np.ndarray
@@ -109,14 +111,15 @@ class Cache:
         """One step. Raises PolicyError when the policy breaks its contract."""
         row, peak = a.row.reshape(self.rows, -1), a.peak.reshape(self.rows, -1)
         self.view.now, self.view.keys = a.step, a.keys
-        need = self._need(a, peak)
+        limits = self._limits(a, peak)
         out = self._blank()
-        kernels.row_totals(row, peak, a.keys, need, out.total, out.used)
+        kernels.row_totals(row, peak, a.keys, *limits, out.total, out.used)
         self._enter(a)
         seen = self._read_set()
         if not self.lossy:
-            self._demand(row, peak, seen, need, a.keys, out)
-        self._touch(a, row, peak, seen, need)
+            self._demand(row, peak, seen, limits, a.keys, out)
+        out.held = np.full(self.lanes, a.keys) if a.prefill else self.table.resident()
+        self._touch(a, row, peak, seen, limits)
         if self.lossy:
             out.hit[:], out.attended[:], out.found[:] = self._hit, self._hit, out.used if a.prefill else self._found
             out.read[:] = self._sum_layers(self.table.filled()) if seen is self.table.key else self._by_layer(seen >= 0)
@@ -132,10 +135,11 @@ class Cache:
         used, found = (np.empty(self.rows, np.int64) for _ in range(2))
         fetched, runs, spilled = (np.zeros((3, self.shape[0]), np.int64) for _ in range(3))
         read = np.zeros(self.shape[0], np.int64)
-        return Outcome(total, hit, attended, used, found, np.empty(0), read, fetched, runs, spilled)
+        none = np.empty(0, np.int64)
+        return Outcome(total, hit, attended, used, found, none, none, read, fetched, runs, spilled)
 
-    def _need(self, a: Access, peak: np.ndarray) -> np.ndarray:
-        return self.predicate.limits(peak, a.keys, np.repeat(a.visible, self.rows // len(a.visible)))
+    def _limits(self, a: Access, peak: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.predicate.limits(peak, a.keys, self._per_row(a.visible), self._per_row(a.first))
 
     def _enter(self, a: Access) -> None:
         """New pages get their lines; pages that a sliding window has left behind lose theirs."""
@@ -168,15 +172,17 @@ class Cache:
         chosen = self._call("select", self.view)
         if chosen is None:
             return self.table.key
-        mask = self._broadcast(chosen, "a read set", np.bool_)
-        return np.where(mask, self.table.key, np.int32(-1))
+        head, tail = (x[:, None] for x in self._protected())
+        key = self.table.key
+        mask = self._broadcast(chosen, "a read set", np.bool_) | (key < head) | (key >= self.view.keys - tail)
+        return np.where(mask, key, np.int32(-1))
 
-    def _demand(self, row, peak, seen, need, keys: int, out: Outcome) -> None:
+    def _demand(self, row, peak, seen, limits, keys: int, out: Outcome) -> None:
         """Bring up what the step needs."""
         t = self.table
         missing, read = np.empty(t.key.shape, bool), np.empty(t.key.shape, bool)
         kernels.find(
-            row, peak, t.key, seen, t.copies, need, self.by_selection, self.reads_resident,
+            row, peak, t.key, seen, t.copies, *limits, self.by_selection, self.reads_resident,
             out.hit, out.attended, out.found, out.used, missing, read,
         )  # fmt: skip
         out.read[:] = self._by_layer(read)
@@ -187,7 +193,7 @@ class Cache:
                 out.fetched_runs[tier] = self._sum_layers(kernels.count_runs(source, t.key, keys))
         t.land(missing, self.view.now)
 
-    def _touch(self, a: Access, row, peak, seen, need) -> None:
+    def _touch(self, a: Access, row, peak, seen, limits) -> None:
         t = self.table
         if a.prefill:
             self._warm_start(a)
@@ -195,7 +201,7 @@ class Cache:
         missing = a.keys * self.page_size - a.tokens
         kernels.touch(
             row, peak, seen, t.weights, t.mass, t.last, t.uses, a.step, self._renormalise,
-            self.predicate.value, self.predicate.absolute, self.page_size, missing, need, self._hit, self._found,
+            self.predicate.value, self.predicate.absolute, self.page_size, missing, *limits, self._hit, self._found,
         )  # fmt: skip
 
     def _warm_start(self, a: Access) -> None:
@@ -204,9 +210,11 @@ class Cache:
         prompt = self.view.prompt = self._pool(a.prompt)
         n = a.keys
         uses = np.zeros((self.rows, n), np.int32)
-        for peaks, visible in zip(a.prompt.peaks, a.prompt.visible, strict=True):
-            peak = peaks.reshape(self.rows, n)
-            uses += peak >= self.predicate.limits(peak, n, np.repeat(visible, self.rows // len(visible)))[:, None]
+        start = a.tokens - len(a.prompt.peaks)
+        for i, (peaks, visible) in enumerate(zip(a.prompt.peaks, a.prompt.visible, strict=True), start + 1):
+            keys, first = pages(i, self.page_size), (i - visible) // self.page_size  # of the `i` tokens up to this row
+            seen = keys, self._per_row(visible), self._per_row(first)
+            uses[:, :keys] += self.predicate.used(peaks.reshape(self.rows, n), *seen)
         t = self.table
         t.uses[:, :n] = uses.reshape(self.lanes, -1, n).max(1)
         t.mass[:, :n] = prompt.colsum.reshape(self.lanes, n)
@@ -282,24 +290,31 @@ class Cache:
         return self._broadcast(self._call("score", self.view), "scores", np.float32)
 
     def _place(self, victims: np.ndarray, out: Outcome) -> None:
-        """Evicted pages go where the offload policy says; one that has a copy there already moves no bytes."""
+        """Evicted pages leave the GPU. Pages are written once: only one without a copy below is sent anywhere."""
         t = self.table
-        where = self._call("place", self.view, locked(victims.reshape(*self.shape, t.slots)), of=self.offload)
-        tier = self._broadcast(where, "tiers", np.int64, of=self.offload)
-        if not np.isin(tier[victims], (-1, 1, 2)).all():
-            raise self._broken(
-                "named a tier that does not exist", "place", "1 is host, 2 is SSD, -1 is none", self.offload
-            )
-        for number, bit in ((1, HOST), (2, SSD)):
-            new = victims & (tier == number) & ((t.copies & bit) == 0)
-            out.spilled[number] += self._by_layer(new)
-            if bit == SSD:  # on its way down it crosses the host link too
-                out.spilled[1] += self._by_layer(new)
-            t.copies[new] |= bit
+        homeless = victims & (t.copies == GPU)
+        if homeless.any():
+            self._send(homeless, out)
         t.copies[victims] &= ~np.uint8(GPU)
         gone = victims & (t.copies == 0)
         out.dropped += int(gone.sum())
         t.release_where(gone)
+
+    def _send(self, leaving: np.ndarray, out: Outcome) -> None:
+        """Copy pages to where the offload policy says."""
+        t = self.table
+        where = self._call("place", self.view, locked(leaving.reshape(*self.shape, t.slots)), of=self.offload)
+        tier = self._broadcast(where, "tiers", np.int64, of=self.offload)
+        if not np.isin(tier[leaving], (-1, 1, 2)).all():
+            raise self._broken(
+                "named a tier that does not exist", "place", "1 is host, 2 is SSD, -1 is none", self.offload
+            )
+        for number, bit in ((1, HOST), (2, SSD)):
+            new = leaving & (tier == number)
+            out.spilled[number] += self._by_layer(new)
+            if bit == SSD:  # on its way down it crosses the host link too
+                out.spilled[1] += self._by_layer(new)
+            t.copies[new] |= bit
 
     def _settle_below(self, a: Access, out: Outcome) -> None:
         """A full tier gives up copies that another tier has too; then a host's lowest scores go down to the SSD."""
@@ -333,16 +348,13 @@ class Cache:
             self._resize(needed)
 
     def _protected(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pages per lane at the head and at the tail that leave last."""
-        p, b = self.policy, self.budget
-        head = np.maximum(window(p.sink, b, self.page_size), share_of(p.protect_head, b))
-        tail = np.maximum(window(p.recent, b, self.page_size), share_of(p.protect_tail, b))
-        return head, tail
+        """Pages per lane at the head and at the tail that leave last, and that a read set holds."""
+        return protected(self.policy, self.budget, self.page_size)
 
     def _check(self) -> None:
         head, tail = self._protected()
         least = max(1, int((head + tail).max()))
-        if self.budget[0] < min(least, self.stride) and self.evicts:
+        if self.budget[0] < min(least, self.stride) and (self.evicts or self.selects):
             raise ConfigError(
                 f"a budget of {self.capacity.gpu} pages is below the {least} that {_name(self.policy)} protects",
                 hint=f"raise the budget to at least {least} pages, or lower sink, recent or lag",
@@ -352,6 +364,9 @@ class Cache:
                 f'demand "select" needs a policy with a read set; {_name(self.policy)} has none',
                 hint='use "dense", "theta" or "topk(64)"',
             )
+        if not self.lossy and not self.evicts and self.policy.bounded:
+            hint = "define score(view) to say what leaves the GPU, or offer the lossy regime alone"
+            raise self._broken("has no score, which the offload regime needs", "score", hint)
         below = (self.capacity.host, self.capacity.ssd)
         held = math.inf if None in below else self.capacity.gpu + sum(x or 0 for x in below)
         if not self.lossy and held < self.stride:
@@ -372,6 +387,10 @@ class Cache:
 
     def _sum_layers(self, per_lane: np.ndarray) -> np.ndarray:
         return per_lane.reshape(self.shape).sum(1)
+
+    def _per_row(self, per_layer: np.ndarray) -> np.ndarray:
+        """A value per layer of the view (or one for all), by row lane."""
+        return np.repeat(per_layer, self.rows // len(per_layer))
 
     def _per_lane(self, first: np.ndarray) -> np.ndarray:
         """First visible key per table lane from the one per layer."""

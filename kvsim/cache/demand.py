@@ -1,7 +1,8 @@
 """When a page counts as used, and what a step needs on the GPU.
 
 One predicate serves LRU, LFU, Belady, hit recall, recurrence loss and the demand of the offload regime
-(design decision 14): the largest token weight of the page, in the full row, reaches a limit of its row lane.
+(design decision 14): the largest token weight of the page, in the full row, is above a limit of its row lane, or at
+the limit and the page's key at or above another.
 """
 
 from __future__ import annotations
@@ -18,19 +19,33 @@ from kvsim.registry import parse_spec
 @dataclass(frozen=True)
 class Use:
     """`share`: at least `value` times an equal share of the visible tokens. `weight`: at least `value`.
-    `topk`: among the `value` largest weights of the row (ties included). `all`: every visible page."""
+    `topk`: one of the `value` largest weights of the row, among equals the newer page: exactly that many pages, or
+    every visible one if there are fewer. `all`: every visible page."""
 
     kind: str = "share"
     value: float = 1.0
 
-    def limits(self, peak: np.ndarray, keys: int, visible: np.ndarray) -> np.ndarray:
-        """float32 [row lanes]: the least `peak` that counts. `peak`: [row lanes, stride]; `visible`: tokens by lane."""
-        if self.kind == "share":
-            return (self.value / visible).astype(np.float32)
+    def limits(
+        self, peak: np.ndarray, keys: int, visible: np.ndarray, first: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`need` float32 and `need_key` int32, both [row lanes]: the least `peak` that counts, and from which key on.
+
+        A page is used when its peak is above `need`, or equal to it and its key at or above `need_key`. `peak`:
+        [row lanes, stride], no weight below zero; `keys`: pages that the row may see. By row lane, `visible`: tokens
+        that it sees; `first`: the first of those pages.
+        """
         if self.kind == "topk" and self.value < keys:
-            at = keys - int(self.value)
-            return np.partition(peak[:, :keys], at, axis=1)[:, at]
-        return np.full(peak.shape[0], self.value if self.kind == "weight" else -np.inf, np.float32)
+            return _largest(peak[:, :keys], int(self.value), first)
+        if self.kind in ("topk", "all"):
+            return np.zeros(len(first), np.float32), first.astype(np.int32)
+        least = self.value / visible if self.kind == "share" else np.full(len(first), self.value)
+        return least.astype(np.float32), np.zeros(len(first), np.int32)
+
+    def used(self, peak: np.ndarray, keys: int, visible: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """bool [row lanes, keys]: the pages that are used; arguments as in `limits`."""
+        need, need_key = (x[:, None] for x in self.limits(peak, keys, visible, first))
+        peak = peak[:, :keys]
+        return (peak > need) | ((peak == need) & (np.arange(keys) >= need_key))
 
     @property
     def absolute(self) -> bool:
@@ -38,6 +53,19 @@ class Use:
 
 
 FAIR_SHARE = Use()
+
+
+def _largest(peak: np.ndarray, count: int, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Limits that let through the `count` (fewer than there are keys) largest of each row from key `first` on."""
+    keys = peak.shape[1]
+    if first.any():
+        peak = np.where(np.arange(keys) < first[:, None], np.float32(-1), peak)
+    need = np.partition(peak, keys - count, axis=1)[:, keys - count]
+    room = count - np.count_nonzero(peak > need[:, None], axis=1)  # for the newest of those that tie: one or more
+    ties = np.cumsum(peak[:, ::-1] == need[:, None], axis=1, dtype=np.int32)
+    need_key = keys - 1 - np.argmax(ties == room[:, None], axis=1)
+    few = need < 0  # not that many are visible
+    return np.where(few, np.float32(0), need), np.where(few, first, need_key).astype(np.int32)
 
 
 def parse_use(value: float | str) -> Use:

@@ -36,27 +36,35 @@ def _sum(x, n):
     return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
+@njit(inline="always")
+def _is_used(peak, key, need, need_key):
+    """The predicate of `kvsim.cache.demand.Use`, for one page of one row lane."""
+    return (peak > need) | ((peak == need) & (key >= need_key))
+
+
 @njit(**_JIT)
-def row_totals(row, peak, keys, need, total, used):
-    """Per row lane: the row's sum and how many pages are used, by `peak >= need[lane]`."""
+def row_totals(row, peak, keys, need, need_key, total, used):
+    """Per row lane: the row's sum and how many pages are used."""
     for m in range(row.shape[0]):
         total[m] = _sum(row[m], keys)
         count = 0
         for k in range(keys):
-            count += peak[m, k] >= need[m]
+            count += _is_used(peak[m, k], k, need[m], need_key[m])
         used[m] = count
 
 
 @njit(**_JIT)
 def touch(
-    row, peak, key, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing, need, hit, used
-):
+    row, peak, key, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing, need, need_key,
+    hit, used,
+):  # fmt: skip
     """Look up every page's weight and update mass, last and uses; count what was found.
 
-    `need`: float32 [row_lanes], the weight from which a page counts as used on the full row. `renormalise`: divide each
-    row by what of it is visible, as the softmax over the surviving pages would; a page is then used when that weight
-    reaches `use` (`absolute`) or `use` / visible tokens. `missing`: tokens the newest page still lacks. Returns
-    in `hit` the visible mass per row lane and in `used` the visible pages that are used by the full row.
+    `need`, `need_key` [row_lanes]: the limits of `Use`, from which a page counts as used on the full row; a lane of
+    several rows compares means of peaks and limits. `renormalise`: divide each row by what of it is visible, as the
+    softmax over the surviving pages would; a page is then used when that weight reaches `use` (`absolute`) or `use` /
+    visible tokens. `missing`: tokens the newest page still lacks. Returns in `hit` the visible mass per row lane and
+    in `used` the visible pages that are used by the full row.
 
     A few short loops over one lane, each of one kind, run faster than one loop that does everything.
     """
@@ -69,7 +77,7 @@ def touch(
             weights[t, s] = 0.0
             most[s] = 0.0
             resident += key[t, s] >= 0
-        least = np.float32(0.0)
+        least, least_key = np.float32(0.0), np.int32(0)
         for m in range(t * group, (t + 1) * group):
             for s in range(slots):
                 k = key[t, s]
@@ -84,11 +92,13 @@ def touch(
             scale = np.float32(1.0) / hit[m] if renormalise and hit[m] > 0 else np.float32(1.0)
             count = 0
             for s in range(slots):
-                count += (key[t, s] >= 0) & (top[s] >= need[m])
+                count += (key[t, s] >= 0) & _is_used(top[s], key[t, s], need[m], need_key[m])
                 weights[t, s] += found[s] * scale
                 most[s] += top[s] * scale
             used[m] = count
-            least += need[m] / group
+            least += need[m]
+            least_key = max(least_key, need_key[m])
+        least /= group
         if renormalise:
             tokens = np.float32(max(1, resident * page_size - missing))
             least = np.float32(use) if absolute else np.float32(use) / tokens
@@ -96,17 +106,19 @@ def touch(
             weights[t, s] /= group
             mass[t, s] += weights[t, s]
         for s in range(slots):
-            is_used = (key[t, s] >= 0) & (most[s] / group >= least)
+            is_used = (key[t, s] >= 0) & _is_used(most[s] / group, key[t, s], least, least_key)
             last[t, s] = now if is_used else last[t, s]
             uses[t, s] += is_used
 
 
 @njit(**_JIT)
-def find(row, peak, key, seen, copies, need, selected, and_resident, hit, attended, found, used, missing, read):
+def find(
+    row, peak, key, seen, copies, need, need_key, selected, and_resident, hit, attended, found, used, missing, read
+):
     """Offload: what the step needs, what of it is on the GPU, and what it must wait for.
 
-    A page is needed when in one of the lane's rows its largest token weight reaches `need`, or, if `selected`, when
-    it is in the read set `seen`. Attention reads the needed pages, and with `and_resident` every page that is on
+    A page is needed when one of the lane's rows uses it (limits `need` and `need_key`), or, if `selected`, when it is
+    in the read set `seen`. Attention reads the needed pages, and with `and_resident` every page that is on
     the GPU too. Per row lane: `hit` mass on the GPU, `attended` mass read, `used` pages needed and `found` of them
     on the GPU. `missing`, `read`: bool [lanes, slots].
     """
@@ -127,7 +139,7 @@ def find(row, peak, key, seen, copies, need, selected, and_resident, hit, attend
             here = (copies[t, s] & 1) != 0
             needed = selected and seen[t, s] >= 0
             for m in range(t * group, (t + 1) * group):
-                wanted = seen[t, s] >= 0 if selected else peak[m, k] >= need[m]
+                wanted = seen[t, s] >= 0 if selected else _is_used(peak[m, k], k, need[m], need_key[m])
                 needed = needed or wanted
                 used[m] += wanted
                 found[m] += wanted and here

@@ -99,6 +99,16 @@ def share_of(share: float, budget: np.ndarray) -> np.ndarray:
     return np.floor(share * budget + 1e-9).astype(np.int64)
 
 
+def protected(policy: Any, budget: np.ndarray, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pages per lane (int64, like `budget`) that `policy` protects at the head and at the tail.
+
+    Raises ConfigError for what is neither tokens nor a share.
+    """
+    head = np.maximum(window(policy.sink, budget, page_size), share_of(policy.protect_head, budget))
+    tail = np.maximum(window(policy.recent, budget, page_size), share_of(policy.protect_tail, budget))
+    return head, tail
+
+
 def keep(view: View, score: Any, *, sink: int = 0, recent: int = 0) -> np.ndarray:
     """`score` with +inf for the first `sink` and the newest `recent` tokens' pages, which then leave last."""
     guarded = (view.key < pages(sink, view.page_size)) | (view.key > view.newest - pages(recent, view.page_size))
@@ -123,7 +133,10 @@ class EvictionPolicy(Protocol):
         """Once per access, new pages included, before any eviction."""
 
     def select(self, view: View) -> np.ndarray | None:
-        """The read set, before attention: bool [layers, kv_heads, slots]; None reads every page."""
+        """The read set, before attention: bool [layers, kv_heads, slots]; None reads every page.
+
+        Protected pages are read in any case. In the offload regime `score` is needed beside it.
+        """
 
     def split(self, view: View) -> np.ndarray:
         """Budget per lane in pages, broadcastable to [layers, kv_heads, 1]."""
@@ -134,10 +147,17 @@ class EvictionPolicy(Protocol):
 
 
 class OffloadPolicy(Protocol):
-    """Where victims go."""
+    """Where victims go.
+
+    The hooks `prefetch`, `backup` and `rebuild` are not supported yet: a class that defines one is refused.
+    """
 
     keeps: bool  # False: victims are gone (the lossy regime)
 
     def place(self, view: View, victims: np.ndarray) -> np.ndarray | int:
-        """`victims`: bool [layers, kv_heads, slots]. Tier per page (1 host, 2 SSD) or -1 for none; broadcastable."""
+        """Tier per page (1 host, 2 SSD) or -1 for none; broadcastable.
+
+        `victims`: bool [layers, kv_heads, slots], pages that leave the GPU and have no copy below it; one that has a
+        copy there just leaves.
+        """
         ...

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.cache.view import window
+from kvsim.cache.view import protected
 from kvsim.errors import ConfigError
 from kvsim.registry import policy
 
@@ -40,7 +40,8 @@ class H2OMask:
     The budget is `heavy` + `recent` pages; when more exist, the newest `recent` (the incoming one among them) and
     the `heavy` best of those before the window are read. As in the code, the page that has just left the window is
     hidden for one step although its score survives; the score of every other hidden page starts again from zero.
-    `recent` is a share of the budget.
+    `recent` is a share of the budget. Ours: protected pages (`sink`, `protect_head`; the code has none) are read
+    always, in place of heavy ones.
     """
 
     family = "heavy hitter"
@@ -50,16 +51,17 @@ class H2OMask:
 
     def select(self, view):
         budget = int(view.budget.max())
-        recent = max(1, int(window(self.recent, view.budget, view.page_size).max()))
+        sink, recent = (int(n.max()) for n in protected(self, view.budget, view.page_size))
+        recent = max(1, recent)
         cached = view.keys - 1  # the incoming page is the last key
         key, total = view.key, view["total"]
         if view.now == 0 or cached <= budget:
             return None
-        newest = key >= cached + 1 - recent
-        candidate = (key >= 0) & (key < cached - recent)
-        heavy = _largest(np.where(candidate, total, -np.inf), key, budget - recent) & candidate
-        total[~(heavy | (key >= cached - recent))] = 0.0
-        return heavy | newest
+        always = (key >= cached + 1 - recent) | ((key >= 0) & (key < sink))
+        candidate = (key >= sink) & (key < cached - recent)
+        heavy = _largest(np.where(candidate, total, -np.inf), key, budget - recent - sink) & candidate
+        total[~(heavy | always | (key == cached - recent))] = 0.0
+        return heavy | always
 
     def observe(self, view):
         view["total"][:] += view.mass if view.now == 0 else view.weights
@@ -91,10 +93,10 @@ class LazyEviction:
 
     Per page the last step with weight >= `alpha` (TS) and the largest interval between such steps (MRI); with D =
     now - TS the score is 2 / (1 + exp(1 + D / (MRI + 1e-5))) + (0 if MRI = 0 else 2 / (1 + exp(MRI - 1))). Decides
-    every `window` steps, keeps the newest `window`, so up to `window` - 1 pages over budget (declared as lag); the
-    prompt is not cut at prefill and its rows are not counted. Integer state ties often: `tie` keeps the "newest"
-    (default), the "oldest", or the larger "last_weight". `dtype = "fp16"` keeps TS and MRI in half precision as the
-    published code does, exact only to 2,048 steps.
+    every `window` steps, so up to `window` - 1 pages over budget (declared as lag); keeps the newest `window` tokens,
+    or `recent` where that is more; the prompt is not cut at prefill and its rows are not counted. Integer state ties
+    often: `tie` keeps the "newest" (default), the "oldest", or the larger "last_weight". `dtype = "fp16"` keeps TS and
+    MRI in half precision as the published code does, exact only to 2,048 steps.
 
     Departures: KV heads instead of query heads; `alpha` and `window` default to the paper's Llama-8B on GSM8K.
     """
@@ -104,6 +106,7 @@ class LazyEviction:
     cut_prompt = False
     alpha: float = 5e-4
     window: int = 27
+    recent: int = 0
     tie: str = "newest"
     dtype: str = "int32"
 
@@ -114,7 +117,9 @@ class LazyEviction:
             raise ConfigError(f'tie = "{self.tie}"', hint='use "newest", "oldest" or "last_weight"')
         if self.dtype not in ("int32", "fp16"):
             raise ConfigError(f'dtype = "{self.dtype}"', hint='use "int32" or "fp16"')
-        self.lag = self.recent = self.window
+        if not isinstance(self.recent, int) or self.recent < 0:
+            raise ConfigError(f"recent = {self.recent!r}", hint="write tokens; the newest `window` are kept anyway")
+        self.lag, self.recent = self.window, max(self.recent, self.window)
         kind: Any = np.int32 if self.dtype == "int32" else np.float16
         self.columns = {"ts": kind, "mri": kind}
 

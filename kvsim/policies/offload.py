@@ -19,7 +19,7 @@ class Drop:
 
 @offload("spill")
 class Spill:
-    """To host memory; pages are written once, so a page that was there before moves no bytes again.
+    """To host memory; pages are written once, so one that has a copy on the host or the SSD just leaves the GPU.
 
     A full host gives its lowest scores to the SSD.
     """

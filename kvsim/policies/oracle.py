@@ -33,8 +33,8 @@ class Belady:
                 lanes, stride = int(np.prod(a.row.shape[:2])), a.row.shape[2]
                 continue
             peak = a.peak.reshape(lanes, stride)
-            need = used.limits(peak, a.keys, np.repeat(a.visible, lanes // len(a.visible)))
-            lane, key = np.nonzero(peak[:, : a.keys] >= need[:, None])
+            visible, first = (np.repeat(x, lanes // len(x)) for x in (a.visible, a.first))
+            lane, key = np.nonzero(used.used(peak, a.keys, visible, first))
             addresses.append(lane * stride + key)
             steps.append(np.full(len(lane), a.step, np.int32))
         address, step = np.concatenate(addresses), np.concatenate(steps)

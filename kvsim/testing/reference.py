@@ -11,7 +11,7 @@ import numpy as np
 
 from kvsim.cache.demand import FAIR_SHARE
 from kvsim.cache.table import COLUMNS, Table
-from kvsim.cache.view import share_of, window
+from kvsim.cache.view import pages, share_of, window
 from kvsim.trace.access import Access
 
 
@@ -56,13 +56,14 @@ class ReferenceCache:
         v.now, v.keys, v.prompt = a.step, a.keys, None
         self.out = SimpleNamespace(missing=np.zeros(v.key.shape, bool), spilled=[0, 0, 0], dropped=0)
         self.row, self.peak = (x.reshape(*self.shape, self.group, -1) for x in (a.row, a.peak))
-        self.need = self._need(a.peak, a.keys, a.visible)
+        self.used = self._used(a.peak, a.keys, a.visible, a.first)
         self._enter(a)
         v.key[v.key < self._per_lane(a.first)] = -1
         v.copies[v.key < 0] = 0
         seen = v.key >= 0
         if self.selects and (chosen := self.policy.select(v)) is not None:
-            seen = seen & chosen
+            head, tail = self._protected(v.budget)
+            seen = seen & (chosen | (v.key < head) | (v.key >= a.keys - tail))
         here = v.resident[:, :, None]
         if self.offload is not None:
             self._fetch(seen)
@@ -76,10 +77,18 @@ class ReferenceCache:
             self._settle(a)
         return self.out
 
-    def _need(self, peak, keys, visible):
-        rows = peak.shape[0] * peak.shape[1]
-        limits = self.predicate.limits(peak.reshape(rows, -1), keys, np.repeat(visible, rows // len(visible)))
-        return limits.reshape(*self.shape, self.group, 1)
+    def _used(self, peak, keys, *seen):
+        """Which keys each row uses, [*lanes, group, stride]; leaves the limits in `self.limits`."""
+        rows, x = peak.shape[0] * peak.shape[1], np.zeros(peak.shape, bool)
+        arguments = (peak.reshape(rows, -1), keys, *(np.repeat(s, rows // len(s)) for s in seen))
+        self.limits = [x.reshape(*self.shape, self.group) for x in self.predicate.limits(*arguments)]
+        x[..., :keys] = self.predicate.used(*arguments).reshape(*peak.shape[:2], keys)
+        return x.reshape(*self.shape, self.group, -1)
+
+    def _protected(self, budget):
+        p, size = self.policy, self.page_size
+        head = np.maximum(window(p.sink, budget, size), share_of(p.protect_head, budget))
+        return head, np.maximum(window(p.recent, budget, size), share_of(p.protect_tail, budget))
 
     def _per_lane(self, first):
         return first.reshape(-1, 1, 1) if len(first) == self.shape[0] else first.min()
@@ -93,18 +102,18 @@ class ReferenceCache:
 
     def _fetch(self, seen):
         v = self.v
-        needed = seen if self.by_selection else (v.key >= 0) & (self.peak >= self.need).any(2)
+        needed = seen if self.by_selection else (v.key >= 0) & self.used.any(2)
         self.out.missing = needed & ~v.resident
         v.copies[self.out.missing] |= 1
         v.arrived[self.out.missing] = v.now
 
     def _prefill(self, a):
         v, p, n = self.v, a.prompt, a.keys
-        uses = sum(
-            (r >= self._need(r, n, s).reshape(*a.row.shape[:2], 1)) for r, s in zip(p.peaks, p.visible, strict=True)
-        )
-        lanes = (*self.shape, self.group, n)
-        v.uses[..., :n] = np.asarray(uses).reshape(lanes).max(2)
+        uses, lanes = np.zeros((*self.shape, self.group, n), np.int32), (*self.shape, self.group, n)
+        for back, (peaks, visible) in enumerate(zip(p.peaks[::-1], p.visible[::-1], strict=True)):
+            tokens = a.tokens - back
+            uses += self._used(peaks, pages(tokens, self.page_size), visible, (tokens - visible) // self.page_size)
+        v.uses[..., :n] = uses.max(2)
         v.mass[..., :n] = p.colsum.reshape(lanes).mean(2)
         v.weights[..., :n] = p.rows[-1].reshape(lanes).mean(2)
         v.prompt = p
@@ -115,8 +124,9 @@ class ReferenceCache:
         for lane in np.ndindex(self.shape):
             keys = np.flatnonzero(seen[lane])
             row, peak, least = self.row[lane][:, keys], self.peak[lane][:, keys], f(0)
-            for limit in self.need[lane][:, 0]:
-                least += limit / f(self.group)
+            for limit in self.limits[0][lane]:
+                least += limit
+            least, newer = least / f(self.group), keys >= self.limits[1][lane].max()
             if renormalise:
                 total = row.sum(1, keepdims=True, dtype=f)
                 scale = np.divide(f(1), total, out=np.ones_like(total), where=total > 0)
@@ -126,7 +136,8 @@ class ReferenceCache:
             v.weights[lane] = 0
             v.weights[lane][keys] = row.sum(0) / f(self.group)
             v.mass[lane] += v.weights[lane]
-            used = keys[peak.sum(0) / f(self.group) >= least]
+            peak = peak.sum(0) / f(self.group)
+            used = keys[(peak > least) | ((peak == least) & newer)]
             v.last[lane][used] = a.step
             v.uses[lane][used] += 1
 
@@ -140,8 +151,7 @@ class ReferenceCache:
         for lane in np.ndindex(self.shape):
             budget = v.budget[lane]
             over = int(v.resident[lane].sum() - budget[0])
-            head = max(int(window(p.sink, budget, self.page_size)[0]), int(share_of(p.protect_head, budget)[0]))
-            tail = max(int(window(p.recent, budget, self.page_size)[0]), int(share_of(p.protect_tail, budget)[0]))
+            head, tail = (int(x[0]) for x in self._protected(budget))
             if over > 0 and due:
                 held = head + max(tail, a.tokens % self.page_size > 0)
                 count = max(over, min(p.batch, int(budget[0]) + 1 - held))
@@ -164,7 +174,7 @@ class ReferenceCache:
         tier = np.broadcast_to(self.offload.place(v, leaving), v.key.shape)
         for layer, head, key in np.argwhere(leaving):
             here, to = v.copies[layer, head], int(tier[layer, head, key])
-            if to > 0 and not here[key] & (1 << to):
+            if to > 0 and here[key] == 1:  # no copy below
                 for crossed in range(1, to + 1):
                     self.out.spilled[crossed] += 1
                 here[key] |= 1 << to

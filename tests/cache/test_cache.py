@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from kvsim.cache.cache import Cache, Capacity
 from kvsim.cache.demand import Use, parse_demand, parse_use
@@ -209,15 +212,39 @@ def test_uses_that_are_refused(text):
         parse_use(text)
 
 
-def test_limits():
-    peak, visible = np.array([[0.5, 0.3, 0.2, 0.0]], np.float32), np.array([4])
-    for use, limit in (
-        (Use("share", 2), 0.5),
-        (Use("weight", 0.1), 0.1),
-        (Use("topk", 2), 0.3),
-        (Use("topk", 9), -np.inf),
-    ):
-        assert use.limits(peak, 3, visible).tolist() == pytest.approx([limit])
+@pytest.mark.parametrize(
+    ("use", "limit", "key"),
+    [
+        (Use("share", 2), 0.5, 0),
+        (Use("weight", 0.1), 0.1, 0),
+        (Use("topk", 1), 0.5, 1),
+        (Use("topk", 2), 0.2, 4),  # three pages tie for the second place: the newest has it
+        (Use("topk", 3), 0.2, 3),
+        (Use("topk", 4), 0.2, 2),
+        (Use("topk", 5), 0.0, 1),  # no more than that are visible
+        (Use("topk", 9), 0.0, 1),
+        (Use("all"), 0.0, 1),
+    ],
+)
+def test_limits(use, limit, key):
+    peak = np.array([[0.9, 0.5, 0.2, 0.2, 0.2, 0.9]], np.float32)  # page 0 has left the window, page 5 is not born
+    need, need_key = use.limits(peak, 5, np.array([4]), np.array([1]))
+    assert need.tolist() == pytest.approx([limit]) and need_key.tolist() == [key]
+    assert (need.dtype, need_key.dtype) == (np.float32, np.int32)
+
+
+@given(
+    hnp.arrays(np.float32, (3, 12), elements=st.integers(0, 3).map(lambda n: n / 4)),
+    st.integers(1, 12), st.integers(1, 14), st.data(),
+)  # fmt: skip
+def test_topk_is_exact(peak, keys, k, data):
+    """Against a sort by weight and key: exactly k pages of a row, or all of its visible ones."""
+    first = np.array(data.draw(st.lists(st.integers(0, keys - 1), min_size=3, max_size=3)))
+    peak[:, :keys][np.arange(keys) < first[:, None]] = 0
+    used = Use("topk", k).used(peak, keys, np.ones(3), first)
+    for lane in range(3):
+        right = sorted(range(first[lane], keys), key=lambda j: (peak[lane, j], j))[-k:]
+        assert np.flatnonzero(used[lane]).tolist() == sorted(right)
 
 
 @pytest.mark.parametrize("demand", [Use("topk", 2), Use("weight", 0.2), Use("all")])
@@ -229,9 +256,82 @@ def test_need_of_a_page_is_its_largest_token(demand):
     assert int(out.used[0]) == {"topk": 2, "weight": 1, "all": 3}[demand.kind]
 
 
+@pytest.mark.parametrize("page_size", [1, 2])
+@pytest.mark.parametrize("windows", [(0, 0), (0, 6)])
+def test_a_step_needs_exactly_k_pages_of_a_row(windows, page_size):
+    """The used pages, as the whole row and as the demand counts them; the prompt's rows see no page that is not yet."""
+    trace, k = tiny_trace(windows=windows).paged(page_size), 5
+    run = replay("lru", 4, trace, offload="spill", demand=Use("topk", k))
+    for a, out in zip(trace.requests()[0].accesses(), run.out, strict=True):
+        assert out.used.tolist() == np.repeat(np.minimum(a.keys - a.first, k), 2).tolist()
+
+
+@pytest.mark.parametrize("page_size", [1, 2])
+def test_rows_of_the_prompt_use_only_what_they_see(page_size):
+    """Row i of 12 sees i + 1 tokens; with k pages, the newest k of equal ones."""
+    trace, uses = tiny_trace(prompt=12, steps=1, windows=(0, 6)).paged(page_size), {}
+    for demand in (Use("all"), Use("topk", 2)):
+        policy = policy_for("full")
+        policy.observe = lambda view: uses.setdefault(demand.kind, view.uses[:, 0, : 12 // page_size].copy())  # noqa: B023
+        replay(policy, 4, trace, offload="spill", demand=demand)
+    rows = 12 - np.arange(0, 12, page_size)
+    assert uses["all"].tolist() == [rows.tolist(), np.minimum(rows, 5 + page_size).tolist()]
+    once = page_size  # rows that see one page only
+    assert uses["topk"].sum(1).tolist() == [2 * 12 - once] * 2
+
+
 def test_demand_select_needs_a_read_set():
     with pytest.raises(ConfigError, match="has none"):
         replay("lru", 4, tiny_trace(), offload="spill", demand=None)
+
+
+class SelectOnly:
+    """A policy that reads, and never says what may leave."""
+
+    def select(self, view):
+        return view.key >= 0
+
+
+def test_a_read_set_alone_cannot_say_what_leaves_the_gpu(registered):
+    policy = registered("reader", SelectOnly)
+    assert replay(policy, 3, tiny_trace()).out[-1].read.sum() == 4 * 36
+    with pytest.raises(PolicyError, match='"reader" has no score') as caught:
+        replay(policy, 3, tiny_trace(), offload="spill", demand=None)
+    assert "what leaves the GPU" in caught.value.hint and "SelectOnly.score" in caught.value.where
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a class for one test, and builds it."""
+    from kvsim import registry
+
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    return lambda name, cls: registry.policy(name)(cls)()
+
+
+# -- what an access says -----------------------------------------------------------------------------------------
+
+
+def test_held_is_what_is_on_the_gpu_while_attention_runs():
+    """After a page has entered and others were fetched, before any leaves; at prefill the whole prompt."""
+    trace = tiny_trace(prompt=6, steps=3)
+    held = [o.held.tolist() for o in replay("lru", 4, trace).out]
+    assert held == [[6] * 4, [5] * 4, [5] * 4, [5] * 4]
+    assert [o.held.tolist() for o in replay("lru", 4, trace, offload="spill", demand=Use("all")).out] == [
+        [n] * 4 for n in (6, 7, 8, 9)
+    ]
+    assert replay("h2o-mask", 4, trace).out[-1].held.tolist() == [9] * 4  # hidden pages are held too
+    assert replay(policy_for("lru", lag=3), 4, trace).out[-1].held.tolist() == [7] * 4
+    windows = tiny_trace(prompt=6, steps=3, windows=(0, 2))
+    assert [o.held.tolist() for o in replay("full", 4, windows).out[:2]] == [[6] * 4, [7, 7, 2, 2]]
+
+
+def test_a_page_read_back_from_the_ssd_is_not_written_again():
+    """Its copy below is clean, on whichever tier: evicted again, it only leaves the GPU."""
+    run = replay("lru", 2, tiny_trace(layers=1, heads=1), offload="spill", demand=Use("all"), host=0, ssd=None)
+    for a, out in zip(tiny_trace(layers=1, heads=1).requests()[0].accesses(), run.out, strict=True):
+        assert out.spilled[1:].sum(1).tolist() == ([10, 10] if a.prefill else [1, 1])  # the page that is new below
+        assert out.fetched.sum(1).tolist() == [0, 0, 0 if a.prefill else a.keys - 1 - 2]
 
 
 def test_a_request_that_writes_nothing():

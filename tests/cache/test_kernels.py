@@ -115,11 +115,13 @@ def test_runs_of_neighbouring_keys(mask, order):
 @given(
     hnp.arrays(np.float32, (4, 37), elements=st.integers(0, 64).map(lambda n: n / 64)),
     st.integers(1, 37),
+    st.integers(0, 37),
     st.booleans(),
 )
-def test_row_totals(row, keys, paged):
+def test_row_totals(row, keys, least, paged):
     peak = row / 2 if paged else row
     need, total, used = np.full(4, 0.25, np.float32), np.empty(4, np.float32), np.empty(4, np.int64)
-    kernels.row_totals(row, peak, keys, need, total, used)
+    kernels.row_totals(row, peak, keys, need, np.full(4, least, np.int32), total, used)
     np.testing.assert_array_equal(total, row[:, :keys].sum(1))
-    np.testing.assert_array_equal(used, (peak[:, :keys] >= 0.25).sum(1))
+    newer = np.arange(keys) >= least
+    np.testing.assert_array_equal(used, ((peak[:, :keys] > 0.25) | ((peak[:, :keys] == 0.25) & newer)).sum(1))

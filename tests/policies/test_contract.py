@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_each_clause(tmp_path, clause):
     (path := tmp_path / "broken.py").write_text(text)
     problems = check_policy(str(path))
     assert problems == [] if words is None else any(words in p for p in problems), problems
+
+
+@pytest.mark.parametrize("clause", ["shape", "nothing", "raises", "nan", "state of another size", "split shape"])
+def test_each_clause_is_said_once(tmp_path, clause):
+    """Both regimes break it, with other shapes and at other steps."""
+    (path := tmp_path / "broken.py").write_text(CLAUSES[clause][0])
+    problems = check_policy(str(path))
+    assert len(problems) == len({re.sub("[0-9]+", "", p) for p in problems}) > 0, problems
+    assert clause != "nan" or problems == ["score returned NaN for a resident page"]
 
 
 OFFLOAD = """

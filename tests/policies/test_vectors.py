@@ -9,6 +9,7 @@ import pytest
 
 from kvsim import registry
 from kvsim.cache.demand import Use
+from kvsim.errors import ConfigError
 from tests.helpers import M1, THETA, matrix_trace, refer, replay
 
 LOSSY = {
@@ -73,6 +74,27 @@ def test_h2o_mask_hides_pages_that_return():
     for row, visible, mass in zip(rows, sets("0 1 2 3|0 1 4|0 1 5"), (1, 0.45, 0.74), strict=True):
         assert row[visible].sum() == pytest.approx(mass)
     assert run.kept()[-1] == list(range(7))  # nothing is dropped
+
+
+def test_h2o_mask_protects_sinks():
+    """Three pages: the sink, the newest and one heavy hitter between them."""
+    rows = [[1.0], [0, 1.0], [0, 0.5, 0.5], [0, 0.3, 0.6, 0.1], [0, 0.3, 0.2, 0.1, 0.4], [0.1, 0.1, 0.2, 0.2, 0.1, 0.3]]
+    trace = matrix_trace(rows, prompt=3)
+    assert replay("h2o-mask(recent=1)", 3, trace).mass() == [1, pytest.approx(0.9), pytest.approx(0.6)]
+    for spec in ("h2o-mask(recent=1, sink=1)", "h2o-mask(recent=1, protect_head=0.34)"):
+        assert replay(spec, 3, trace).mass() == [1, pytest.approx(0.7), pytest.approx(0.5)]
+    with pytest.raises(ConfigError, match="below the 4 that h2o-mask protects"):
+        replay("h2o-mask(recent=1, sink=3)", 3, trace)
+
+
+def test_lazy_eviction_keeps_at_least_its_window():
+    recent = [registry.build(f"lazy-eviction(window=5{more})").recent for more in ("", ", recent=3", ", recent=100")]
+    assert recent == [5, 5, 100]
+    kept = replay("lazy-eviction(window=1, recent=3, alpha=0.15)", 3).kept()
+    assert kept == sets("0 1 2|1 2 3|2 3 4|3 4 5")
+    for text in ("recent='50%'", "recent=-1", "recent=1.5"):
+        with pytest.raises(ConfigError, match="recent = "):
+            registry.build(f"lazy-eviction({text})")
 
 
 def test_lazy_eviction_states():

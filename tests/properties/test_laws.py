@@ -180,6 +180,9 @@ def test_pages_are_conserved(trace, spec, budget, demand, host, ssd):
         assert gpu <= (before & 1).sum() + entered
         assert gpu >= (before & 1).sum() - left
         to_host, to_ssd = to_host + out.spilled[1].sum(), to_ssd + out.spilled[2].sum()
+        assert out.spilled[1].sum() == (((before >> 1) == 0) & ((copies >> 1) > 0)).sum()  # new below: all that crosses
+        assert out.spilled[2].sum() == (((before >> 2) == 0) & ((copies >> 2) > 0)).sum()
+        assert out.held.sum() == (before & 1).sum() + entered
         assert ((copies >> 1) & 1).sum(-1).max() <= host
         if host >= stride:
             assert ((copies >> 1) & 1).sum() == to_host  # written once, never given up
@@ -298,6 +301,39 @@ def test_infinite_scores_leave_last_and_not_never(trace, budget):
         assert len(kept) == min(a.keys, budget)
         if a.keys >= budget + 2:
             assert kept == list(range(2, budget + 2))  # all of them infinite: among equals the older left
+
+
+@few
+@given(traces(windows=False), budgets, st.integers(0, 3), st.sampled_from((0, 1, 3, "25%", "50%")), st.booleans())
+def test_a_read_set_holds_what_is_protected(trace, budget, sink, recent, offload):
+    """The mask of H2O reads `budget` pages, sinks and the newest among them; so does any other read set."""
+    head = -(-sink // trace.page_size)
+    tail = budget * int(recent[:-1]) // 100 if isinstance(recent, str) else -(-recent // trace.page_size)
+    other = policy_for("lru", sink=sink, recent=recent)
+    other.select = lambda view: view.key == view.newest
+    assume(head + max(tail, 1) <= budget)
+    read = []
+    for policy in (policy_for("h2o-mask", sink=sink, recent=recent), other):
+        policy.seen, run = [], Reading
+        replay(policy, budget, trace, kind=run, offload="spill" if offload else None, demand=None)
+        read.append(policy.seen)
+    for a, mask, plain in zip(trace.requests()[0].accesses(), *read, strict=True):
+        keys = np.arange(trace.requests()[0].stride)
+        protected = (keys < a.keys) & ((keys < head) | (keys >= a.keys - max(tail, 1)))
+        assert (plain == protected).all()
+        assert (mask[:, protected]).all() or a.prefill
+        assert a.prefill or (mask.sum(-1) <= max(budget, 1) + (a.keys - 1 <= budget)).all()
+
+
+class Reading(Cache):
+    """Notes the read set of every step, by key, with its policy."""
+
+    def _read_set(self):
+        seen = super()._read_set()
+        found = np.zeros((self.lanes, self.stride + 1), bool)
+        np.put_along_axis(found, self.table.key.astype(np.intp), seen >= 0, 1)
+        self.policy.seen.append(found[:, :-1])
+        return seen
 
 
 # -- hooks -------------------------------------------------------------------------------------------------------
