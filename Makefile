@@ -8,6 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/kvsim sweep experiments/demo.toml --jobs 2 -o runs/demo
+	$(DEMO)/bin/kvsim sweep experiments/offload.toml --jobs 2 -o runs/offload
 
 test: $(TEST)/installed
 	$(TEST)/bin/python -m pytest

@@ -288,12 +288,16 @@ class Grid:
                     continue
                 best = max(online, key=lambda r: r[self.metric])
                 value, most = best[self.metric], bound(same, self.metric)
+                if np.isnan(most):
+                    continue
                 lines.append(
                     f"at {budget}{', ' + group if group else ''}: best online policy {best['policy']}, "
                     f"{self.metric.replace('_', ' ')} {value:.3f} of a possible {most:.3f} "
                     f"(full cache 1, regret {most - value:.3f}); verdict: {VERDICTS[judge(value, most)]}"
                 )
-        return lines
+        return lines or [
+            "no verdict: nothing in this sweep is a bound; where pages come back, add belady to the policies"
+        ]
 
 
 def _column(values: list[Any]) -> np.ndarray:

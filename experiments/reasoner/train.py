@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import task
 
-LEVELS = [(1, 4), (2, 6), (4, 8), (6, 9), (8, 10), (10, 12)]  # (problems, steps); the last one is shipped
+LEVELS = [(1, 4), (2, 6), (4, 8), (6, 9), (8, 10), (10, 12)]  # (problems, steps)
 PASS = 0.3  # share of entirely right packs that opens the next level
 
 
@@ -56,7 +56,7 @@ def start_well(model: LlamaForCausalLM, args) -> None:
     """Initial weights from which one-hop look-ups are found in minutes instead of hours.
 
     From plain random weights the heads first have to discover "look k tokens back" before matching on a key can pay
-    off at all, and 6 M tokens were not enough for that.  So the first layer starts with four heads that look 1, 2, 3
+    off at all; 5 to 6 M tokens were not enough for that.  So the first layer starts with four heads that look 1, 2, 3
     and 5 tokens back (a query bias that is the key bias turned by that many positions), and the second layer with
     one group of heads whose queries compare the token at hand with what the one-back head wrote elsewhere.  What
     is copied, when, and all the rest is left to training.

@@ -30,8 +30,8 @@ class Outcome:
     read by attention; `used`, `found` (int64): used or needed pages, and those of them on the GPU. Per lane of the
     table, int64 [lanes]: `held`, pages on the GPU while attention ran (new and fetched ones among them, and those
     that a read set hides; the whole prompt at prefill); `resident`, pages on the GPU afterwards. Page counts by
-    layer of the table, int64: `read` [layers]; `fetched`, `fetched_runs` (from the tier, waited for; runs are neighbouring pages)
-    and `spilled` (written to the tier) [3, layers]. `dropped`: pages that are gone.
+    layer of the table, int64: `read` [layers]; `fetched`, `fetched_runs` (from the tier, waited for; runs are
+    neighbouring pages) and `spilled` (written to the tier) [3, layers]. `dropped`: pages that are gone.
     """
 
     total: np.ndarray
