@@ -83,15 +83,9 @@ def offload(name: str) -> Callable[[type], type]:
     def register(cls: type) -> type:
         if not callable(getattr(cls, "place", None)):
             raise PolicyError(f'offload policy "{name}" has no place(view, victims)', where=_home(cls))
-        for hook in ("prefetch", "backup", "rebuild"):
-            if callable(getattr(cls, hook, None)):
-                raise PolicyError(
-                    f'offload policy "{name}" defines {hook}, which is not supported yet',
-                    where=f"{_home(cls)}.{hook}",
-                    hint="place(view, victims) is the only hook that is called",
-                )
-        if not hasattr(cls, "keeps"):
-            setattr(cls, "keeps", True)  # noqa: B010  # type: ignore[attr-defined]
+        for key, default in {"keeps": True, "inclusive": True}.items():
+            if not hasattr(cls, key):
+                setattr(cls, key, default)
         return _enter("offload", name, cls)
 
     return register

@@ -101,6 +101,13 @@ class Setting:
         """Requests that run together: what was asked for, or all there are."""
         return min(self.config.concurrency, len(self.trace.sources))
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """What a policy may know of the machine: bytes/s from each tier, tokens/s of recomputation."""
+        hardware, shape = self.hardware, self.shape
+        recompute = hardware.gpu.gemm_flops / (2 * sum(shape.gemms) * shape.layers)
+        return {"host": hardware.h2d.bandwidth, "ssd": hardware.ssd.read_bandwidth, "recompute": recompute}
+
     def tier(self, name: str) -> int | None:
         """Pages per lane of a lower tier, shared evenly by the requests that run together; None is unlimited."""
         chosen = getattr(self.config, name)
@@ -162,6 +169,7 @@ def new_cache(setting: Setting, request: Request, policy: Any, audit: bool = Fal
         demand=setting.demand,
         page_size=request.page_size,
         seed=setting.config.seed,
+        rates=setting.rates,
         audit=audit,
     )
 

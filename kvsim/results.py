@@ -34,7 +34,8 @@ def _schema(text: str) -> dict[str, str]:
 STEPS = _schema(
     "request i4, step i4, start_s f8, end_s f8, compute_s f8, stall_s f8, submit_s f8, weight f8, attended f8, hit f8, "
     "ceiling f8, used_pages i8, found_pages i8, resident_pages i8, resident_bytes f8, held_bytes f8, read_bytes f8, "
-    "fetched_host_bytes f8, fetched_ssd_bytes f8, spilled_host_bytes f8, spilled_ssd_bytes f8, dropped_pages i8"
+    "fetched_host_bytes f8, fetched_ssd_bytes f8, prefetched_host_bytes f8, prefetched_ssd_bytes f8, rebuilt_pages i8, "
+    "spilled_host_bytes f8, spilled_ssd_bytes f8, dropped_pages i8"
 )
 REQUESTS = _schema(
     "request i4, prompt_tokens i4, output_tokens i4, admitted_s f8, first_token_s f8, finish_s f8, ttft_s f8, "
@@ -166,7 +167,7 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
         "decode_steps": int(d.sum()),
         "end_s": float(s["end_s"].max()),
     }
-    for name in ("fetched_host", "fetched_ssd", "spilled_host", "spilled_ssd"):
+    for name in ("fetched_host", "fetched_ssd", "prefetched_host", "prefetched_ssd", "spilled_host", "spilled_ssd"):
         out[f"{name}_bytes"] = float(s[f"{name}_bytes"].sum())
     return out
 

@@ -136,11 +136,13 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
         copies = max(1.0, shape.kv_heads / heads) if apart else 1.0
         runs = o.fetched_runs if setting.hardware.host.merge else o.fetched
         work.kv_read += a.tokens * shape.kv_token_bytes if prefill else page * o.read[of]
+        ahead = o.prefetched_runs if setting.hardware.host.merge else o.prefetched
+        moves = {"fetch": (o.fetched, runs), "spill": (o.spilled, o.spilled), "prefetch": (o.prefetched, ahead)}
         for tier, name in ((1, "host"), (2, "ssd")):
-            getattr(work, f"fetch_{name}")[:] += page * o.fetched[tier][of]
-            getattr(work, f"fetch_{name}_copies")[:] += copies * runs[tier][of]
-            getattr(work, f"spill_{name}")[:] += page * o.spilled[tier][of]
-            getattr(work, f"spill_{name}_copies")[:] += copies * o.spilled[tier][of]
+            for move, (moved, parts) in moves.items():
+                getattr(work, f"{move}_{name}")[:] += page * moved[tier][of]
+                getattr(work, f"{move}_{name}_copies")[:] += copies * parts[tier][of]
+        work.rebuild += setting.trace.page_size * o.rebuilt[of] / heads  # a token's GEMMs serve all its heads
     work.policy_s = _policy_seconds(setting, [r.replay for r, a, _ in stepped if r.replay.decides(a)])
     return work
 
@@ -197,6 +199,9 @@ class _Books:
             read_bytes=lane @ o.read,
             fetched_host_bytes=lane @ o.fetched[1],
             fetched_ssd_bytes=lane @ o.fetched[2],
+            prefetched_host_bytes=lane @ o.prefetched[1],
+            prefetched_ssd_bytes=lane @ o.prefetched[2],
+            rebuilt_pages=o.rebuilt.sum(),
             spilled_host_bytes=lane @ o.spilled[1],
             spilled_ssd_bytes=lane @ o.spilled[2],
             dropped_pages=o.dropped,
@@ -206,7 +211,7 @@ class _Books:
     def _held(self, r: _Running, o: Outcome, lane: np.ndarray) -> float:
         """Bytes on the GPU while attention ran. Fetched pages pass through the staging buffers of a few layers."""
         fetched = o.fetched.sum(0)
-        kept = o.held.reshape(-1, r.replay.lanes[1]).sum(1) - fetched
+        kept = o.held.reshape(-1, r.replay.lanes[1]).sum(1) - fetched  # rebuilt pages are made in place
         of = self.setting.model_layers(r.replay.lanes)
         staged = (lane * fetched / np.bincount(of, minlength=len(lane)))[of]  # per layer of the timed model
         depth = int(self.setting.hardware.gpu.staging_layers)

@@ -167,17 +167,6 @@ def test_an_offload_policy_needs_place():
         registry.offload("odd")(type("Odd", (), {}))
 
 
-@pytest.mark.parametrize("hook", ["prefetch", "backup", "rebuild"])
-def test_hooks_that_nobody_calls_are_refused(hook):
-    body = {"place": lambda self, view, victims: 1, hook: lambda self, view: None}
-    with pytest.raises(PolicyError, match=f'"odd" defines {hook}') as caught:
-        registry.offload("odd")(type("Odd", (), body))
-    assert "not supported yet" in str(caught.value)
-    assert "odd" not in registry.names("offload")
-    body[hook] = 4  # a parameter of that name is only a parameter
-    registry.offload("odd")(type("Odd", (), body | {"__annotations__": {hook: "int"}}))
-
-
 # -- files and modules -------------------------------------------------------------------------------------------
 
 

@@ -291,6 +291,20 @@ def test_comparable_rows_share_a_bound(trace):
     assert len(set(ceilings.values())) == 2
 
 
+def test_an_offload_policy_that_looks_ahead_runs_from_its_file(trace, tmp_path):
+    (tmp_path / "ahead.py").write_text(
+        "import numpy as np\nfrom kvsim import offload\n\n@offload('ahead')\nclass Ahead:\n    'Heaviest first.'\n"
+        "    def place(self, view, victims):\n        return 1\n"
+        "    def prefetch(self, view):\n        away = np.where(view.resident | (view.key < 0), -np.inf, view.mass)\n"
+        "        return away == away.max(-1, keepdims=True)\n"
+    )
+    keys = {"policy": "h2o(recent=1)", "budget": "30%", "page_size": 1, "demand": "theta", "model": "llama-3.1-8b"}
+    r = run(trace, offload=str(tmp_path / "ahead.py"), **keys)
+    links = r.links.set_index(["link", "direction"])["bytes"]
+    ahead, waited = r.summary["prefetched_host_bytes"], r.summary["fetched_host_bytes"]
+    assert ahead > 0 and links["pcie", "h2d"] == pytest.approx(ahead + waited, rel=1e-12)
+
+
 def test_a_small_host_overflows_to_the_ssd(trace):
     lanes_page = 4 * 64
     r = run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,8 +31,9 @@ class Outcome:
     read by attention; `used`, `found` (int64): used or needed pages, and those of them on the GPU. Per lane of the
     table, int64 [lanes]: `held`, pages on the GPU while attention ran (new and fetched ones among them, and those
     that a read set hides; the whole prompt at prefill); `resident`, pages on the GPU afterwards. Page counts by
-    layer of the table, int64: `read` [layers]; `fetched`, `fetched_runs` (from the tier, waited for; runs are
-    neighbouring pages) and `spilled` (written to the tier) [3, layers]. `dropped`: pages that are gone.
+    layer of the table, int64: `read` and `rebuilt` (computed again) [layers]; `fetched`, `fetched_runs` (from the tier,
+    waited for; runs are neighbouring pages), `prefetched`, `prefetched_runs` (from the tier, for later steps) and
+    `spilled` (written to the tier) [3, layers]. `dropped`: pages that are gone.
     """
 
     total: np.ndarray
@@ -42,8 +44,11 @@ class Outcome:
     held: np.ndarray
     resident: np.ndarray
     read: np.ndarray
+    rebuilt: np.ndarray
     fetched: np.ndarray
     fetched_runs: np.ndarray
+    prefetched: np.ndarray
+    prefetched_runs: np.ndarray
     spilled: np.ndarray
     dropped: int = 0
 
@@ -63,8 +68,8 @@ class Cache:
     `row_lanes`: (layers, kv_heads) of the rows; the policy's granularity says how many of them share a decision.
     `stride`: pages of the whole request. `offload`: where victims go; None is the lossy regime, where they are gone
     and the policy sees rows renormalised over what is left. `use`: when a page counts as used; in the offload
-    regime `demand` takes its place and says what a step needs (None: the policy's read set). `audit`: recount the
-    table after every step.
+    regime `demand` takes its place and says what a step needs (None: the policy's read set). `rates`: what the view
+    shows of the machine. `audit`: recount the table after every step.
 
     Raises ConfigError for a budget below what is protected, or tiers that cannot hold the request.
     """
@@ -81,6 +86,7 @@ class Cache:
         demand: Use | None = None,
         page_size: int = 1,
         seed: int = 0,
+        rates: Mapping[str, float] | None = None,
         audit: bool = False,
     ):
         layers, heads = row_lanes
@@ -99,6 +105,7 @@ class Cache:
         self._check()
         self.table = Table(self.lanes, 0, {})
         self.view = View(self.table, self.shape, page_size, seed)
+        self.view.rates = dict(rates or {})
         self.view.budget = locked(self.budget.reshape(*self.shape, 1))  # follows every change of ours
         self._hit = np.empty(self.rows, np.float32)
         self._found = np.empty(self.rows, np.int64)
@@ -133,10 +140,12 @@ class Cache:
     def _blank(self) -> Outcome:
         total, hit, attended = (np.empty(self.rows, np.float32) for _ in range(3))
         used, found = (np.empty(self.rows, np.int64) for _ in range(2))
-        fetched, runs, spilled = (np.zeros((3, self.shape[0]), np.int64) for _ in range(3))
-        read = np.zeros(self.shape[0], np.int64)
+        fetched, runs, ahead, ahead_runs, spilled = (np.zeros((3, self.shape[0]), np.int64) for _ in range(5))
+        read, rebuilt = (np.zeros(self.shape[0], np.int64) for _ in range(2))
         none = np.empty(0, np.int64)
-        return Outcome(total, hit, attended, used, found, none, none, read, fetched, runs, spilled)
+        return Outcome(
+            total, hit, attended, used, found, none, none, read, rebuilt, fetched, runs, ahead, ahead_runs, spilled
+        )
 
     def _limits(self, a: Access, peak: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.predicate.limits(peak, a.keys, self._per_row(a.visible), self._per_row(a.first))
@@ -186,12 +195,32 @@ class Cache:
             out.hit, out.attended, out.found, out.used, missing, read,
         )  # fmt: skip
         out.read[:] = self._by_layer(read)
-        for tier, bit, above in ((1, HOST, GPU), (2, SSD, GPU | HOST)):
-            source = missing & ((t.copies & bit) != 0) & ((t.copies & above) == 0)
-            if source.any():
-                out.fetched[tier] = self._by_layer(source)
-                out.fetched_runs[tier] = self._sum_layers(kernels.count_runs(source, t.key, keys))
+        fetched = missing
+        if missing.any():
+            needed = locked(missing.reshape(*self.shape, t.slots))
+            rebuilt = missing & self._wish("rebuild", self.view, needed)
+            out.rebuilt[:] = self._by_layer(rebuilt)
+            fetched = missing & ~rebuilt
+        self._fetch(fetched, keys, out.fetched, out.fetched_runs)
         t.land(missing, self.view.now)
+
+    def _fetch(self, moved: np.ndarray, keys: int, count: np.ndarray, runs: np.ndarray) -> None:
+        """Count pages by the highest tier below the GPU that has them; drop those copies unless tiers are inclusive."""
+        t = self.table
+        for tier, bit, above in ((1, HOST, 0), (2, SSD, HOST)):
+            source = moved & ((t.copies & bit) != 0) & ((t.copies & above) == 0)
+            if source.any():
+                count[tier] = self._by_layer(source)
+                runs[tier] = self._sum_layers(kernels.count_runs(source, t.key, keys))
+        if not self.offload.inclusive:
+            t.copies[moved] = GPU
+
+    def _wish(self, hook: str, *arguments: Any) -> np.ndarray:
+        """Mask [lanes, slots] that an optional hook of the offload policy asks for."""
+        chosen = self._call(hook, *arguments, of=self.offload, optional=True)
+        if chosen is None:
+            return np.zeros(self.table.key.shape, bool)
+        return self._broadcast(chosen, hook, np.bool_, of=self.offload)
 
     def _touch(self, a: Access, row, peak, seen, limits) -> None:
         t = self.table
@@ -241,10 +270,33 @@ class Cache:
 
     def _settle(self, a: Access, out: Outcome) -> None:
         self.view.prompt = None
+        ahead = None if self.lossy else self._prefetch()
         if self.evicts and self._due(a):
             self._settle_gpu(a, out)
+        if ahead is not None:  # a page that did not survive the settling was never worth moving
+            stayed = ahead & ((self.table.copies & GPU) != 0)
+            self._fetch(stayed, a.keys, out.prefetched, out.prefetched_runs)
         if not self.lossy:
+            self._backup(a, out)
             self._settle_below(a, out)
+
+    def _prefetch(self) -> np.ndarray | None:
+        """Pages that the offload policy wants on the GPU before they are needed."""
+        if not callable(getattr(self.offload, "prefetch", None)):
+            return None
+        chosen = self._wish("prefetch", self.view) & (self.table.key >= 0) & ((self.table.copies & GPU) == 0)
+        self.table.land(chosen, self.view.now)
+        return chosen
+
+    def _backup(self, a: Access, out: Outcome) -> None:
+        """Write-through: whole pages get a copy in host memory while they are still on the GPU."""
+        if not callable(getattr(self.offload, "backup", None)):
+            return
+        t = self.table
+        whole = t.key < (a.keys - 1 if a.tokens % self.page_size else a.keys)
+        chosen = self._wish("backup", self.view) & (t.copies == GPU) & whole
+        out.spilled[1] += self._by_layer(chosen)
+        t.copies[chosen] |= HOST
 
     def _due(self, a: Access) -> bool:
         """A lag delays decisions where pages are gone for good.
@@ -398,7 +450,7 @@ class Cache:
 
     def _broadcast(self, value: Any, what: str, dtype: Any, slots: int | None = None, of: Any = None) -> np.ndarray:
         shape = (*self.shape, self.table.slots if slots is None else slots)
-        method = {"scores": "score", "a read set": "select", "budgets": "split", "tiers": "place"}[what]
+        method = {"scores": "score", "a read set": "select", "budgets": "split", "tiers": "place"}.get(what, what)
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise self._broken(

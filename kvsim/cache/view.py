@@ -26,7 +26,8 @@ class View:
     (sum of weights), `weights` (this step), `resident` (bool: on the GPU), private columns by `view["name"]`.
     Scalars: `now` (step), `keys` (pages that exist), `newest` (largest key), `page_size` (tokens). `budget`: int64
     [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics at prefill, else None. `seed`, `rng`: the run's
-    seed and a generator made from it.
+    seed and a generator made from it. `rates`: bytes/s from "host" and "ssd" to the GPU, tokens/s of "recompute" (all
+    layers); empty where no machine is known.
     """
 
     key: np.ndarray
@@ -40,6 +41,7 @@ class View:
     def __init__(self, table: Table, shape: tuple[int, int], page_size: int, seed: int):
         self.page_size, self.seed, self.shape = page_size, seed, shape
         self.rng = np.random.default_rng(seed)
+        self.rates: dict[str, float] = {}
         self.now, self.keys = 0, 0
         self.prompt: Prompt | None = None
         self.budget = np.zeros((*shape, 1), np.int64)
@@ -149,10 +151,12 @@ class EvictionPolicy(Protocol):
 class OffloadPolicy(Protocol):
     """Where victims go.
 
-    The hooks `prefetch`, `backup` and `rebuild` are not supported yet: a class that defines one is refused.
+    `place` is required. The other hooks are optional; each returns a bool mask broadcastable to
+    [layers, kv_heads, slots], or None. A copy that does not arrive before its layer needs it is waited for.
     """
 
     keeps: bool  # False: victims are gone (the lossy regime)
+    inclusive: bool  # does a fetched page keep its copy below? (default True)
 
     def place(self, view: View, victims: np.ndarray) -> np.ndarray | int:
         """Tier per page (1 host, 2 SSD) or -1 for none; broadcastable.
@@ -161,3 +165,12 @@ class OffloadPolicy(Protocol):
         copy there just leaves.
         """
         ...
+
+    def prefetch(self, view: View) -> np.ndarray | None:
+        """Pages to copy up after this step; they join the GPU before it is brought down to its capacity."""
+
+    def backup(self, view: View) -> np.ndarray | None:
+        """Pages to copy down before they are evicted (write-through)."""
+
+    def rebuild(self, view: View, needed: np.ndarray) -> np.ndarray | None:
+        """Which of the pages that the step waits for are computed again instead of fetched."""

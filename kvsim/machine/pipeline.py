@@ -14,7 +14,7 @@ import numpy as np
 import simpy
 
 from kvsim.errors import ConfigError
-from kvsim.machine.compute import ModelShape, head_seconds, layer_seconds
+from kvsim.machine.compute import ModelShape, gemm_seconds, head_seconds, layer_seconds
 from kvsim.machine.hardware import Hardware
 from kvsim.machine.links import DEMAND, PREFETCH, WRITE_BACK, Clock, Engine, Line, Server, SsdEngine, gather_seconds
 from kvsim.machine.work import MOVES, Record, Work
@@ -53,6 +53,8 @@ class Machine:
             SsdEngine(clock, "ssd.read", hardware.ssd),
             SsdEngine(clock, "ssd.write", hardware.ssd, True),
         )
+        self.in_flight: dict[int, int] = {}  # layer -> prefetches of the iteration before that have not arrived
+        self.step: _Step | None = None  # the latest iteration, which waits for them
         self.stream.slows((self.h2d, self.d2h), 1.0 / (1.0 + hardware.gpu.copy_slowdown))
         self.h2d.slows((self.d2h,), hardware.h2d.duplex)
         self.d2h.slows((self.h2d,), hardware.d2h.duplex)
@@ -69,12 +71,25 @@ class Machine:
         """SimPy events this machine has caused so far."""
         return self.clock.events
 
+    def landed(self, layer: int) -> None:
+        """A prefetch has arrived."""
+        self.in_flight[layer] -= 1
+        if not self.in_flight[layer]:
+            del self.in_flight[layer]
+        if self.step is not None:
+            self.step.open()
+
     def compute_seconds(self, work: Work) -> np.ndarray:
         """Undisturbed seconds of each layer, float64 [layers], the policy's share included; without the head."""
         gpu, shape = self.hardware.gpu, self.shape
         seconds = layer_seconds(
             gpu, shape, work.queries, work.sequences, work.prefill, work.kv_read, self.kv_multiplier
         )
+        if work.rebuild.any():  # the GEMMs of a layer see the rebuilt tokens beside the queries
+            for g in shape.gemms:
+                alone = gemm_seconds(gpu, g, work.queries, shape.value_bytes)
+                both = [gemm_seconds(gpu, g, work.queries + n, shape.value_bytes) for n in work.rebuild.tolist()]
+                seconds = seconds + np.array(both) - alone
         return seconds + work.policy_s / shape.layers
 
     def iterate(self, work: Work) -> Generator[simpy.Event, None, Record]:
@@ -102,12 +117,15 @@ class _Step:
         self.staged = hardware.host.copies == "staged"
         self.seconds = machine.compute_seconds(work)
         still = machine.alone and not any(getattr(work, move).any() for move in MOVES)
-        still = still and not any(link.busy for link in machine.links.values())
+        still = still and not any(link.busy for link in machine.links.values()) and not machine.in_flight
         self.lumped = machine.overlap != "layer" or still
         self.layers = 1 if self.lumped else len(self.seconds)
+        moves = (_moved(work, move, self.lumped) for move in MOVES)
         (self.host, self.host_n), (self.ssd, self.ssd_n), (self.out, self.out_n), (self.store, self.store_n) = (
-            _moved(work, move, self.lumped) for move in MOVES
+            next(moves) for _ in range(4)
         )
+        self.next_host, self.next_ssd = moves
+        machine.step = self
         self.fetches = [a + b > 0 for a, b in zip(self.host, self.ssd, strict=True)]
         self.known_at_start = self.lumped or work.known == "start"
         self.priority = PREFETCH if self.known_at_start else DEMAND
@@ -142,9 +160,13 @@ class _Step:
                 ends[layer] = clock.now
             self.computed = layer + 1
             self._spill(layer)
+            if not self.lumped:
+                self._prefetch(layer)
             self._advance()
         if self.machine.overlap == "step":
             yield from self._pages(0, record)
+        if self.lumped:
+            self._prefetch(0)
         if self.head:
             yield from self._compute(self.head, record)
         record.end_s, record.layer_end_s = clock.now, ends
@@ -157,10 +179,15 @@ class _Step:
         record.queued_s += job.started - asked
         record.compute_s += self.clock.now - job.started
 
+    def _ready(self, layer: int) -> bool:
+        """Are all pages of the layer on the GPU, late prefetches of the iteration before among them?"""
+        fetching = self.fetches[layer] and (self.issued <= layer or self.parts[layer])
+        return not fetching and not self.machine.in_flight.get(layer)
+
     def _pages(self, layer: int, record: Record) -> Generator[simpy.Event, None, None]:
         """Wait until the pages of a layer are on the GPU."""
         asked = self.clock.now
-        if self.fetches[layer] and (self.issued <= layer or self.parts[layer]):
+        if not self._ready(layer):
             self.gate, self.gate_layer = self.clock.event(), layer
             yield self.gate
             self.gate = None
@@ -197,7 +224,8 @@ class _Step:
         self.launched[layer] = machine.cpu.reserve(each)
         rest = (len(self.seconds) - 1) * each if self.lumped else 0.0
         spills = self.out_n[layer] * machine.d2h.link.submit + self.out[layer] * machine.d2h.blocking
-        machine.cpu.reserve(rest + spills)
+        ahead = (self.next_host[1][layer] + self.next_ssd[1][layer]) * machine.h2d.link.submit
+        machine.cpu.reserve(rest + spills + ahead)
 
     # --- moving pages ------------------------------------------------------------------------------------
 
@@ -243,7 +271,11 @@ class _Step:
 
     def _arrived(self, layer: int) -> None:
         self.parts[layer] -= 1
-        if not self.parts[layer] and self.gate is not None and self.gate_layer == layer:
+        self.open()
+
+    def open(self) -> None:
+        """Let the stream go on if what it waits for has come."""
+        if self.gate is not None and not self.gate.triggered and self._ready(self.gate_layer):
             self.gate.succeed()
 
     def _spill(self, layer: int) -> None:
@@ -253,6 +285,20 @@ class _Step:
             m.d2h.move(self.out[layer], self.out_n[layer], WRITE_BACK)
         if self.store[layer]:
             m.write.move(self.store[layer], self.store_n[layer], WRITE_BACK)
+
+    def _prefetch(self, layer: int) -> None:
+        """Send for what the next iteration will want; its layer waits for what is late."""
+        m = self.machine
+        (host, host_n), (ssd, ssd_n) = self.next_host, self.next_ssd
+        if host[layer] or ssd[layer]:
+            landed = partial(m.landed, layer)
+            m.in_flight[layer] = m.in_flight.get(layer, 0) + bool(host[layer]) + bool(ssd[layer])
+            if host[layer]:
+                m.h2d.move(host[layer], host_n[layer], PREFETCH, landed)
+            if ssd[layer]:
+                m.read.move(
+                    ssd[layer], ssd_n[layer], PREFETCH, partial(m.h2d.move, ssd[layer], ssd_n[layer], PREFETCH, landed)
+                )
 
     # --- lumped steps ------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MOVES = ("fetch_host", "fetch_ssd", "spill_host", "spill_ssd")
+MOVES = ("fetch_host", "fetch_ssd", "spill_host", "spill_ssd", "prefetch_host", "prefetch_ssd")
 
 
 @dataclass(slots=True)
@@ -25,6 +25,11 @@ class Work:
     spill_host_copies: np.ndarray
     spill_ssd: np.ndarray  # bytes host -> SSD, not waited for
     spill_ssd_copies: np.ndarray
+    prefetch_host: np.ndarray  # bytes host -> GPU for the next iteration; its layer waits for what is late
+    prefetch_host_copies: np.ndarray
+    prefetch_ssd: np.ndarray
+    prefetch_ssd_copies: np.ndarray
+    rebuild: np.ndarray  # tokens of each layer that are computed again instead of fetched
     known: str = "layer"  # the fetch list of a layer is known at the "start" of the step, or after the "layer" before
     policy_s: float = 0.0  # modelled compute of the policy on the GPU stream, spread over the layers
 
@@ -32,7 +37,7 @@ class Work:
     def idle(cls, layers: int, **given) -> Work:
         """Work that moves and reads nothing but what is given; a number stands for every layer."""
         moved = [move + suffix for move in MOVES for suffix in ("", "_copies")]
-        arrays = {name: np.zeros(layers) for name in ("kv_read", *moved)}
+        arrays = {name: np.zeros(layers) for name in ("kv_read", "rebuild", *moved)}
         for name in arrays.keys() & given.keys():
             arrays[name] = arrays[name] + given.pop(name)
         return cls(**{"queries": 1, "sequences": 1, "prefill": False, **arrays, **given})

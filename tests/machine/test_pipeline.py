@@ -377,3 +377,48 @@ def test_events_are_few_and_pinned():
         env.run()
         assert machine.events == env.scheduled - 2  # but the process's own start and end
         assert machine.events == pinned <= 12 * model.layers
+
+
+# --- prefetch and rebuild ---------------------------------------------------------------------------------
+
+
+def test_a_late_prefetch_is_waited_for_by_its_layer():
+    """Two layers of 1 s; 3 s of prefetch after each. On the link: 1 to 4 and 4 to 7. The next step's layers: 4, 7."""
+    first, second = work(1.0, layers=2, prefetch_host=seconds(3.0)), work(1.0, layers=2)
+    (a, b), machine = steps(hardware(), [first, second])
+    assert a.end_s == pytest.approx(2) and a.stall_s == 0  # nobody waits in the step that sends for them
+    assert b.layer_end_s == pytest.approx([5, 8]) and b.stall_s == pytest.approx(4)
+    assert machine.links["link.h2d"].bytes == pytest.approx(2 * seconds(3.0)) and not machine.in_flight
+
+
+def test_a_prefetch_in_time_costs_nothing():
+    first, second = work(1.0, layers=4, prefetch_host=seconds(0.5)), work(1.0, layers=4)
+    (a, b), _ = steps(hardware(), [first, second])
+    assert (a.end_s, b.end_s) == (pytest.approx(4), pytest.approx(8)) and b.stall_s == 0
+
+
+@pytest.mark.parametrize("overlap", ["step", "none"])
+def test_lumped_steps_wait_for_the_step_before(overlap):
+    first, second = work(1.0, layers=2, prefetch_host=seconds(3.0)), work(1.0, layers=2)
+    (a, b), _ = steps(hardware(), [first, second], overlap)
+    assert a.end_s == pytest.approx(2)
+    assert b.end_s == pytest.approx({"step": 8, "none": 10}[overlap])
+
+
+def test_a_demand_overtakes_a_prefetch():
+    first = work(1.0, layers=1, prefetch_host=seconds(40.0))
+    second = work(1.0, fetch=1.0, layers=1)
+    (_, b), machine = steps(hardware(), [first, second])
+    assert b.end_s == pytest.approx(1 + 40 + 1 + 1)  # the prefetch is its layer's too
+    assert machine.links["link.h2d"].transfers == 2
+
+
+def test_rebuilt_tokens_cost_the_layers_gemms():
+    hw = Hardware.load("h100-pcie5")
+    machine = Machine(simpy.Environment(), hw, SHAPES["llama-3.1-8b"])
+    plain, more = Work.idle(32), Work.idle(32, rebuild=4096.0)
+    flop = 2 * 4097 * sum(SHAPES["llama-3.1-8b"].gemms)
+    extra = machine.compute_seconds(more) - machine.compute_seconds(plain)
+    assert extra == pytest.approx(
+        flop / hw.gpu.gemm_flops - machine.shape.layer_bytes / hw.gpu.weight_bandwidth, rel=1e-6
+    )

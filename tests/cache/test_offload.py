@@ -1,0 +1,118 @@
+"""The optional hooks of an offload policy: what they move, and what they may not break."""
+
+import numpy as np
+import pytest
+
+from kvsim import registry
+from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.demand import Use
+from kvsim.errors import PolicyError
+from kvsim.trace.access import Geometry, dense_trace
+from tests.conftest import SIZES, random_source
+
+BUDGET = 12
+THETA = Use("weight", 0.05)
+
+
+class Plain:
+    keeps, inclusive = True, True
+
+    def place(self, view, victims):
+        return np.int8(1)
+
+
+def replay(offload, policy="lru"):
+    """Outcomes of one request and the cache afterwards."""
+    trace = dense_trace([random_source(5)], Geometry(2, 2, 2, 16, **SIZES))
+    (request,) = trace.requests()
+    settings = {"offload": offload, "demand": THETA, "audit": True}
+    cache = Cache((2, 2), request.stride, registry.build(policy), Capacity(BUDGET), **settings)
+    return [cache.access(a) for a in request.accesses()], cache
+
+
+def total(outcomes, name):
+    return np.sum([getattr(o, name).sum(-1) for o in outcomes], axis=0)
+
+
+class Ahead(Plain):
+    """Wants the page with the largest mass that is not on the GPU."""
+
+    def prefetch(self, view):
+        away = np.where(view.resident | (view.key < 0), -np.inf, view.mass)
+        return away == away.max(-1, keepdims=True)
+
+
+def test_prefetched_pages_count_once_and_keep_the_budget():
+    outcomes, cache = replay(Ahead(), policy="h2o(recent=1)")
+    assert total(outcomes, "prefetched")[1] > 0 and total(outcomes, "prefetched")[2] == 0
+    assert all((o.resident <= BUDGET).all() for o in outcomes)
+    assert total(outcomes, "spilled")[1] <= cache.lanes * cache.stride  # written at most once each
+
+
+def test_a_prefetch_that_does_not_survive_moves_nothing():
+    """LRU: of all pages fetched unasked only those that fit stay, and only they count."""
+
+    class Everything(Plain):
+        def prefetch(self, view):
+            return True
+
+    outcomes, cache = replay(Everything())
+    assert all((o.resident <= BUDGET).all() for o in outcomes)
+    for o in outcomes:
+        assert o.prefetched.sum() <= BUDGET * cache.lanes
+
+
+def test_write_through_moves_every_page_once_and_nothing_at_eviction():
+    class Through(Plain):
+        def backup(self, view):
+            return True
+
+    outcomes, cache = replay(Through())
+    assert total(outcomes, "spilled")[1] == cache.lanes * cache.stride
+    first = outcomes[0]
+    assert first.spilled[1].sum() == cache.lanes * 24  # the prompt, evicted or not
+    assert all(o.spilled[1].sum() == cache.lanes for o in outcomes[1:])
+
+
+def test_an_exclusive_tier_is_written_again_at_every_eviction():
+    class Exclusive(Plain):
+        inclusive = False
+
+    (kept, _), (apart, cache) = replay(Plain()), replay(Exclusive())
+    assert total(apart, "fetched")[1] == total(kept, "fetched")[1] > 0
+    assert total(apart, "spilled")[1] > total(kept, "spilled")[1]
+    on_both = (cache.table.copies & 1).astype(bool) & (cache.table.copies > 1)
+    assert not on_both.any()
+
+
+def test_rebuilt_pages_are_not_fetched():
+    class Recompute(Plain):
+        def rebuild(self, view, needed):
+            assert not needed.flags.writeable
+            return needed & (view.key % 2 == 0)
+
+    (kept, _), (half, _) = replay(Plain()), replay(Recompute())
+    rebuilt, fetched = sum(o.rebuilt.sum() for o in half), total(half, "fetched")[1]
+    assert rebuilt > 0 and fetched > 0
+    assert rebuilt + fetched == total(kept, "fetched")[1]
+    assert [o.found.sum() for o in half] == [o.found.sum() for o in kept]
+
+
+def test_rates_tell_whether_to_fetch_or_to_rebuild():
+    class Cheaper(Plain):
+        def rebuild(self, view, needed):
+            return needed & (view.rates["recompute"] * 4096 > view.rates["host"])
+
+    trace = dense_trace([random_source(5)], Geometry(2, 2, 2, 16, **SIZES))
+    for speed, expected in ((1e3, False), (1e9, True)):
+        settings = {"offload": Cheaper(), "demand": THETA, "rates": {"host": 50e9, "recompute": speed}}
+        cache = Cache((2, 2), 44, registry.build("lru"), Capacity(BUDGET), **settings)
+        outcomes = [cache.access(a) for a in trace.requests()[0].accesses()]
+        assert bool(sum(o.rebuilt.sum() for o in outcomes)) == expected
+
+
+@pytest.mark.parametrize("hook", ["prefetch", "backup", "rebuild"])
+def test_a_mask_of_a_wrong_shape_is_named(hook):
+    broken = type("Broken", (Plain,), {hook: lambda self, view, *needed: np.ones(3)})()
+    with pytest.raises(PolicyError, match=hook):
+        replay(broken)
