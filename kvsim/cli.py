@@ -149,7 +149,7 @@ def run(
         check_free(output, run_id(identify(prepare(opened, chosen))))
     with _Wait(f"replaying {opened.name}") as wait:
         result = simulate(opened, chosen, progress=wait.update)
-        comparison = compare(opened, result) if references else None
+        comparison = compare(opened, result, wait.then("replaying the references")) if references else None
     result.timing = {"wall_s": wait.seconds}
     folder = result.save(output or Path("runs") / result.id)
     _print_run(result, comparison, wait.seconds)
@@ -540,6 +540,11 @@ class _Wait:
         self.start = time.perf_counter()
         self.clock = time.perf_counter
         return self
+
+    def then(self, what: str) -> Any:
+        """Begin another part of the work; returns where its progress goes."""
+        self.bar.update(self.task, description=what, completed=0, total=1)
+        return self.update
 
     def update(self, done: int, total: int) -> None:
         self.bar.update(self.task, completed=done, total=max(total, 1))
