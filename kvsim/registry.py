@@ -38,7 +38,7 @@ _COMMON = {
     "needs": frozenset(),  # trace data beyond decode rows
     "bounded": True,  # False: keeps everything, whatever the budget
     "cut_prompt": True,  # is an over-long prompt cut at the end of prefill? (with offload it always is)
-    "evidence": "own",  # code, abs, 3rd, mem, derived: see docs/policies.md
+    "evidence": "own",  # code, abs, 3rd, mem, derived, own: see kvsim/policies/classic.py
     "regimes": ("lossy", "offload"),
 }
 _PROTECTION: dict[str, tuple[str, Any]] = {

@@ -1,7 +1,7 @@
 """The question a user really has: is this loss the policy's or the capacity's?
 
 The policy stands beside LRU, the references that know the future, the bound and the full cache, at the same budget, and
-one word says which is to blame (design decision 18). Only caches are replayed here; no time passes.
+one word says which is to blame. Only caches are replayed here; no time passes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def bound(rows: Iterable[Mapping[str, Any]], key: str) -> float:
 
 
 def judge(policy: float, bound: float) -> str:
-    """Whose loss it is (design decision 18).
+    """Whose loss it is.
 
     "capacity" when at least two thirds of it lie above the bound, "policy" when they lie below, else "both".
     """

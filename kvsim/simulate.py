@@ -150,7 +150,7 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
 def _policy_seconds(setting: Setting, deciding: list[Replay]) -> float:
     """Modelled cost of choosing: one small kernel per layer for the batch, and a pass over the policy's state.
 
-    A fixed model (design decision 21): 8 bytes per page and lane for key and score, 4 for each private column.
+    A fixed model: 8 bytes per page and lane for key and score, 4 for each private column.
     """
     shape, gpu = setting.shape, setting.hardware.gpu
     state = 0.0

@@ -2,7 +2,7 @@
 
 A step goes: the new page enters, the read set is chosen, attention looks up weights, the policy observes,
 and every tier is brought down to its capacity. So attention sees up to budget + 1 pages and a victim
-still counted in the step it leaves after (policies.md section 0).
+still counted in the step it leaves after.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """When a page counts as used, and what a step needs on the GPU.
 
-One predicate serves LRU, LFU, Belady, hit recall, recurrence loss and the demand of the offload regime
-(design decision 14): the largest token weight of the page, in the full row, is above a limit of its row lane, or at
+One predicate serves LRU, LFU, Belady, hit recall, recurrence loss and the demand of the offload regime: the largest
+token weight of the page, in the full row, is above a limit of its row lane, or at
 the limit and the page's key at or above another.
 """
 

@@ -2,7 +2,7 @@
 
 Arrays are flat over lanes: table columns [lanes, slots], rows [row_lanes, stride]. A table lane decides
 for `row_lanes / lanes` consecutive row lanes (the KV heads of a layer at layer granularity). Each kernel
-is one pass over memory; everything a policy computes stays NumPy (design decision 4).
+is one pass over memory; everything a policy computes stays NumPy.
 """
 
 from __future__ import annotations

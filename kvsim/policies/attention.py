@@ -75,7 +75,7 @@ class Tova:
     """Keeps what the current token attends to most, one decision per layer; nothing is protected.
 
     arXiv 2401.06104, tova_cache.py. The published code averages all query heads; the mean over KV heads of
-    group means is the same number. Rows are renormalised per lane before they are averaged (design decision 13).
+    group means is the same number. Rows are renormalised per lane before they are averaged.
     """
 
     family = "heavy hitter"

@@ -1,7 +1,7 @@
 """Policies that look at positions, ages and counts: what every cache knows.
 
-The array [layers, kv_heads, slots] that `score` returns is an order: the lowest leaves. Evidence tags as in
-policies.md: code, abs, 3rd, mem, derived, own.
+The array [layers, kv_heads, slots] that `score` returns is an order: the lowest leaves. Evidence tags:
+code (read in published code), abs (abstract only), 3rd (a third party), mem (from memory), derived, own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Full:
 class Random:
     """A victim drawn anew at every step, from a hash of seed, lane, key and step.
 
-    Departure from policies.md 1.3 (one generator per run): a hash makes the draw independent of how many were made
-    before, so that caches of different size agree on what they both hold (design decision 5).
+    A hash instead of one generator per run makes the draw independent of how many were made
+    before, so that caches of different size agree on what they both hold.
     """
 
     family = "classic"

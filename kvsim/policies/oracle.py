@@ -1,6 +1,6 @@
 """References that read the whole trace. `foresee` is the only door to the future, and makes a policy an oracle.
 
-Neither is a bound on lossy recall: the step ceiling is (design decision 11). In the offload regime, on unit pages,
+Neither is a bound on lossy recall: the step ceiling is. In the offload regime, on unit pages,
 Belady is a true bound on misses.
 """
 
