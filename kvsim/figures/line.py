@@ -199,13 +199,19 @@ def _plot(ax: Axes, lines: Sequence[Line], across: columns.Axis, flat: bool) -> 
 
 
 def _bound(ax: Axes, rows: Sequence[Mapping[str, Any]], x: str, across: columns.Axis) -> list[tuple[Any, str]]:
-    """Draw the step ceiling of bounded lossy runs where x decides it; returns its legend entry."""
-    found: dict[float, float] = {}
+    """Draw the step ceiling of bounded lossy runs where x decides it; returns its legend entry.
+
+    Of runs that see the same pages the lowest counts (a lag raises a policy's own), of different pages the highest.
+    """
+    alike: dict[tuple[float, str], float] = {}
     for row in rows:
         value = row.get("ceiling", float("nan"))
         if row["regime"] == "lossy" and row["policy"] != "full" and math.isfinite(value) and not across.words:
-            place = across.place(row[x])
-            found[place] = max(found.get(place, 0.0), value)
+            key = across.place(row[x]), f"{row['page_size']} {row['requests']}"
+            alike[key] = min(alike.get(key, value), value)
+    found: dict[float, float] = {}
+    for (place, _), value in alike.items():
+        found[place] = max(found.get(place, 0.0), value)
     if not found or x not in _MOVED_BY_BUDGET:
         return []
     xs = sorted(found)
