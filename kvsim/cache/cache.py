@@ -7,7 +7,6 @@ still counted in the step it leaves after.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.cache import kernels
+from kvsim.cache import hooks, kernels
 from kvsim.cache.demand import FAIR_SHARE, Use
 from kvsim.cache.table import GPU, HOST, SSD, Table
 from kvsim.cache.view import View, locked, pages, protected
-from kvsim.errors import ConfigError, KvsimError, PolicyError
+from kvsim.errors import ConfigError
 from kvsim.trace.access import Access, Prompt
 
 
@@ -333,9 +332,8 @@ class Cache:
         bad = kernels.victims(score, t.key, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
         if bad >= 0:
             lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
-            raise self._broken(
-                f"returned NaN at step {a.step}, lane {lane}", "score", "every resident page needs a number"
-            )
+            wrong = f"returned NaN at step {a.step}, lane {lane}"
+            raise hooks.broken(self.policy, wrong, "score", "every resident page needs a number")
         return out, counts
 
     def _score(self) -> np.ndarray:
@@ -358,9 +356,8 @@ class Cache:
         where = self._call("place", self.view, locked(leaving.reshape(*self.shape, t.slots)), of=self.offload)
         tier = self._broadcast(where, "tiers", np.int64, of=self.offload)
         if not np.isin(tier[leaving], (-1, 1, 2)).all():
-            raise self._broken(
-                "named a tier that does not exist", "place", "1 is host, 2 is SSD, -1 is none", self.offload
-            )
+            hint = "1 is host, 2 is SSD, -1 is none"
+            raise hooks.broken(self.offload, "named a tier that does not exist", "place", hint)
         for number, bit in ((1, HOST), (2, SSD)):
             new = leaving & (tier == number)
             out.spilled[number] += self._by_layer(new)
@@ -408,17 +405,17 @@ class Cache:
         least = max(1, int((head + tail).max()))
         if self.budget[0] < min(least, self.stride) and (self.evicts or self.selects):
             raise ConfigError(
-                f"a budget of {self.capacity.gpu} pages is below the {least} that {_name(self.policy)} protects",
+                f"a budget of {self.capacity.gpu} pages is below the {least} that {hooks.name(self.policy)} protects",
                 hint=f"raise the budget to at least {least} pages, or lower sink, recent or lag",
             )
         if self.by_selection and not self.selects:
             raise ConfigError(
-                f'demand "select" needs a policy with a read set; {_name(self.policy)} has none',
+                f'demand "select" needs a policy with a read set; {hooks.name(self.policy)} has none',
                 hint='use "dense", "theta" or "topk(64)"',
             )
         if not self.lossy and not self.evicts and self.policy.bounded:
             hint = "define score(view) to say what leaves the GPU, or offer the lossy regime alone"
-            raise self._broken("has no score, which the offload regime needs", "score", hint)
+            raise hooks.broken(self.policy, "has no score, which the offload regime needs", "score", hint)
         below = (self.capacity.host, self.capacity.ssd)
         held = math.inf if None in below else self.capacity.gpu + sum(x or 0 for x in below)
         if not self.lossy and held < self.stride:
@@ -449,49 +446,12 @@ class Cache:
         return np.repeat(first, self.shape[1]) if len(first) == self.shape[0] else np.full(self.lanes, first.min())
 
     def _broadcast(self, value: Any, what: str, dtype: Any, slots: int | None = None, of: Any = None) -> np.ndarray:
+        """What a hook returned, as [lanes, slots]."""
         shape = (*self.shape, self.table.slots if slots is None else slots)
-        method = {"scores": "score", "a read set": "select", "budgets": "split", "tiers": "place"}.get(what, what)
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise self._broken(
-                f"returned {what} of type {array.dtype}", method, "numbers are expected; is a return missing?", of
-            )
-        try:
-            array = np.broadcast_to(array, shape)
-        except ValueError:
-            raise self._broken(
-                f"returned {what} of shape {array.shape}, expected one broadcastable to {shape}",
-                method, "the last axis is the slot; did a sum drop it?", of,
-            ) from None  # fmt: skip
-        return np.ascontiguousarray(array, dtype).reshape(self.lanes, -1)
+        return hooks.array(of or self.policy, what, value, shape, dtype).reshape(self.lanes, -1)
 
     def _call(self, method: str, *arguments: Any, of: Any = None, optional: bool = False) -> Any:
-        """Call a hook; whatever goes wrong in it is reported as the policy's."""
-        owner = self.policy if of is None else of
-        function = getattr(owner, method, None)
-        if function is None and optional:
-            return None
-        try:
-            return function(*arguments)  # type: ignore[misc]
-        except KvsimError:
-            raise
-        except Exception as error:
-            hint = f"{type(error).__name__}: {error}"
-            if "read-only" in str(error):
-                hint = "the view's columns are read-only; keep state of your own in `columns`"
-            raise self._broken(f"failed in {method} at step {self.view.now}", method, hint, owner) from error
-
-    def _broken(self, what: str, method: str, hint: str, owner: Any = None) -> PolicyError:
-        cls = type(owner or self.policy)
-        try:
-            home = inspect.getsourcefile(cls)
-        except TypeError:
-            home = None
-        return PolicyError(
-            f'policy "{_name(owner or self.policy)}" {what}',
-            where=f"{home or cls.__module__}:{cls.__name__}.{method}",
-            hint=hint,
-        )
+        return hooks.call(of or self.policy, method, *arguments, now=self.view.now, optional=optional)
 
     def audit(self, a: Access) -> None:
         """Recount the table and the budget; an assertion here is a mistake of ours."""
@@ -499,7 +459,3 @@ class Cache:
         if self._cut:
             late = self.policy.lag - 1 if self.lossy else 0
             assert (self.table.resident() <= np.maximum(self.budget, 1) + late).all(), "over budget"
-
-
-def _name(policy: Any) -> str:
-    return getattr(policy, "spec_name", type(policy).__name__)
