@@ -254,4 +254,15 @@ def write_table(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({n: pa.array(c) for n, c in columns.items()}), path, compression="zstd")
+    def plain(c: np.ndarray) -> Any:  # by their buffers, since pa.array would import pandas
+        if c.dtype == object and all(isinstance(x, str) for x in c):
+            text = [x.encode() for x in c]
+            ends = np.cumsum([0, *map(len, text)], dtype=np.int32)
+            return pa.StringArray.from_buffers(len(c), pa.py_buffer(ends), pa.py_buffer(b"".join(text)))
+        if c.dtype.kind not in "if":
+            return pa.array(c)
+        return pa.Array.from_buffers(
+            pa.from_numpy_dtype(c.dtype), len(c), [None, pa.py_buffer(np.ascontiguousarray(c))]
+        )
+
+    pq.write_table(pa.table({n: plain(c) for n, c in columns.items()}), path, compression="zstd")

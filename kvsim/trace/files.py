@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kvsim.errors import TraceError
@@ -96,7 +95,13 @@ def read_table(path: Path, columns: tuple[str, ...], request: int | None = None)
     with open_parquet(path, columns) as file:
         groups = [i for i in range(file.num_row_groups) if request is None or _may_hold(file, i, request)]
         table = read_groups(file, path, groups)
-    return table if request is None else table.filter(pc.equal(table.column("request"), request))
+    if request is None:
+        return table
+    # In plain Python: pyarrow's compute functions import pandas, for which a first look need not wait.
+    lines = [i for i, held in enumerate(table.column("request").to_pylist()) if held == request]
+    if not lines or lines[-1] - lines[0] + 1 == len(lines):
+        return table.slice(lines[0] if lines else 0, len(lines))
+    return pa.concat_tables([table.slice(i, 1) for i in lines])
 
 
 def _may_hold(file: pq.ParquetFile, group: int, request: int) -> bool:

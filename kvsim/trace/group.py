@@ -81,7 +81,10 @@ class Group:
 
 
 def _plain(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy().astype(np.int32, copy=False)
+    column = table.column(name).combine_chunks()
+    kind = np.dtype(str(column.type))
+    values = np.frombuffer(column.buffers()[1], kind, len(column), column.offset * kind.itemsize)
+    return values.astype(np.int32, copy=False)
 
 
 def _one(table: pa.Table, name: str) -> pa.Array:
