@@ -16,7 +16,8 @@ import numpy as np
 from numba import njit
 
 from kvsim import registry
-from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.cache import Cache
+from kvsim.cache.tiers import Capacity
 from kvsim.trace.access import Access, Prompt
 
 LAYERS, HEADS, VISIBLE, BUDGET = 16, 8, 4096, 1024

@@ -83,7 +83,7 @@ def offload(name: str) -> Callable[[type], type]:
     def register(cls: type) -> type:
         if not callable(getattr(cls, "place", None)):
             raise PolicyError(f'offload policy "{name}" has no place(view, victims)', where=_home(cls))
-        for key, default in {"keeps": True, "inclusive": True}.items():
+        for key, default in {"keeps": True, "inclusive": True, "waits": False}.items():
             if not hasattr(cls, key):
                 setattr(cls, key, default)
         return _enter("offload", name, cls)

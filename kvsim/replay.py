@@ -16,8 +16,11 @@ import numpy as np
 
 from kvsim import registry
 from kvsim.cache import kernels
-from kvsim.cache.cache import Cache, Capacity, Outcome
+from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use, parse_demand, parse_use
+from kvsim.cache.future import Future
+from kvsim.cache.outcome import Outcome
+from kvsim.cache.tiers import Capacity
 from kvsim.config import RunConfig
 from kvsim.errors import ConfigError, PolicyError, TraceError
 from kvsim.machine import SHAPES, Hardware, ModelShape, shape_from_config, shape_from_geometry
@@ -108,11 +111,16 @@ class Setting:
         recompute = hardware.gpu.gemm_flops / (2 * sum(shape.gemms) * shape.layers)
         return {"host": hardware.h2d.bandwidth, "ssd": hardware.ssd.read_bandwidth, "recompute": recompute}
 
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes for pages in each tier: the GPU's beside the weights, host and SSD as asked or as the hardware has."""
+        chosen = {name: getattr(self.config, name) for name in ("host", "ssd")}
+        sizes = {n: getattr(self.hardware, n).capacity if c is None else parse_bytes(c) for n, c in chosen.items()}
+        return {"gpu": self.hardware.gpu.memory - self.shape.weight_bytes, **sizes}
+
     def tier(self, name: str) -> int | None:
         """Pages per lane of a lower tier, shared evenly by the requests that run together; None is unlimited."""
-        chosen = getattr(self.config, name)
-        size = parse_bytes(chosen) if chosen is not None else getattr(self.hardware, name).capacity
-        pages = size / self.concurrency / self.page_bytes
+        pages = self.memory[name] / self.concurrency / self.page_bytes
         return int(pages) if pages < 2**31 else None
 
 
@@ -157,7 +165,7 @@ def _shape(trace: Trace, model: str | None) -> ModelShape:
     return replace(shape_from_config(config), name=path.parent.name or path.stem)
 
 
-def new_cache(setting: Setting, request: Request, policy: Any, audit: bool = False) -> Cache:
+def new_cache(setting: Setting, request: Request, policy: Any, *, audit: bool = False, record: bool = False) -> Cache:
     """An empty cache for one request. Raises ConfigError for a budget or tiers that cannot work."""
     return Cache(
         setting.trace.lanes,
@@ -170,7 +178,9 @@ def new_cache(setting: Setting, request: Request, policy: Any, audit: bool = Fal
         page_size=request.page_size,
         seed=setting.config.seed,
         rates=setting.rates,
+        facts=request.facts,
         audit=audit,
+        record=record,
     )
 
 
@@ -178,19 +188,41 @@ class Replay:
     """One request through its cache, step by step; pages only, no time.
 
     `ceiling`: in the lossy regime, also compute per step the most any cache of this budget could attend to.
-    `audit`: recount the table after every step, not only at the end.
+    `audit`: recount the table after every step, not only at the end. `record`: list every page that moves.
     """
 
-    def __init__(self, setting: Setting, request: Request, *, ceiling: bool = False, audit: bool = False):
+    def __init__(
+        self, setting: Setting, request: Request, *, ceiling: bool = False, audit: bool = False, record: bool = False
+    ):
         self.request, self.setting, self._wants_ceiling = request, setting, ceiling and setting.lossy
         policy = setting.policy()
         self.lanes = setting.lanes(policy)
         self.budget = setting.budget(request)
         if callable(getattr(policy, "foresee", None)):
             pool = setting.trace.pool if policy.granularity == "head" else policy.granularity
-            policy.foresee(replace(request, pool=pool), setting.predicate)
-        self.cache = new_cache(setting, request, policy, audit)
+            policy.foresee(Future(replace(request, pool=pool), setting.predicate))
+        self.cache = new_cache(setting, request, policy, audit=audit, record=record)
         self.ceiling = np.full(self.cache.rows, np.nan)
+
+    def reserves(self) -> dict[str, float]:
+        """Bytes by tier that this request may hold at most.
+
+        On the GPU the larger of prompt and budget with what a lag lets through, and in the offload regime the staging
+        buffers of fetched pages; below it every page of the request, the host first.
+        """
+        c, s = self.cache, self.setting
+        stride, budget = self.request.stride, int(c.budget.max())
+        if c.lossy and c.selects:
+            budget = stride  # a read set saves bandwidth, not memory
+        prompt = -(-self.request.prompt_tokens // self.request.page_size)
+        held = min(stride, max(prompt, budget) + (c.policy.lag if c.lossy else 1)) * s.page_bytes
+        if c.lossy:
+            return {"gpu": held}
+        layer = s.page_bytes / s.shape.layers
+        staged = min(int(s.hardware.gpu.staging_layers), s.shape.layers) * (stride - budget) * layer
+        below = {name: stride if (pages := s.tier(name)) is None else min(stride, pages) for name in ("host", "ssd")}
+        below["ssd"] = min(below["ssd"], stride - below["host"])
+        return {"gpu": held + staged, **{name: pages * s.page_bytes for name, pages in below.items()}}
 
     def decides(self, a: Access) -> bool:
         """Does the policy have to choose in this step?"""

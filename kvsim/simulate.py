@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvsim import registry, results
-from kvsim.cache.cache import Outcome
+from kvsim.cache.outcome import Outcome
 from kvsim.config import RunConfig, run_config
 from kvsim.errors import KvsimError
 from kvsim.replay import Replay, Setting, prepare
@@ -23,6 +23,7 @@ from kvsim.units import format_bytes, parse_budget
 
 if TYPE_CHECKING:
     from kvsim.machine import Machine, Record, Work
+    from kvsim.machine.memory import Memory
 
 Progress = Callable[[int, int], None]
 CAVEAT = (
@@ -49,18 +50,20 @@ def run(
     import simpy
 
     from kvsim.machine import Machine
+    from kvsim.machine.memory import Memory
 
     setting = prepare(trace, config or run_config(settings))
     env = simpy.Environment()
     machine = Machine(env, setting.hardware, setting.shape, overlap=setting.config.overlap, alone=True)
     books = _Books(setting)
-    env.process(_serve(env, machine, setting, books, ceiling, progress or (lambda done, total: None)))
+    memory = Memory(env, setting.memory)
+    env.process(_serve(env, machine, memory, setting, books, ceiling, progress or (lambda done, total: None)))
     try:
         env.run()
     except KvsimError as copied:  # SimPy raises a copy; the original has all three lines
         raise (copied.__cause__ if isinstance(copied.__cause__, KvsimError) else copied) from None
     tables = books.tables(machine, env.now)
-    return Result(tables, _manifest(setting, tables, machine, books.peak))
+    return Result(tables, _manifest(setting, tables, machine, books))
 
 
 @dataclass
@@ -78,26 +81,35 @@ class _Running:
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
 
 
-def _serve(env: Any, machine: Machine, setting: Setting, books: _Books, ceiling: bool, progress: Progress):
+def _serve(
+    env: Any, machine: Machine, memory: Memory, setting: Setting, books: _Books, ceiling: bool, progress: Progress
+):
     """Iteration-level batching: admit while there is room, prefill alone, then one decode step of all that runs."""
-    waiting = list(reversed(setting.trace.requests()))
-    total, done = sum(r.output_tokens for r in waiting), 0
+    requests = setting.trace.requests()
+    total, done = sum(r.output_tokens for r in requests), 0
+    waiting = (Replay(setting, request, ceiling=ceiling) for request in requests)
+    head = next(waiting, None)
     running: list[_Running] = []
-    while waiting or running:
-        while waiting and len(running) < setting.config.concurrency:
-            replay = Replay(setting, waiting.pop(), ceiling=ceiling)
-            new = _Running(replay, iter(replay), env.now)
+    while head or running:
+        while head and len(running) < setting.config.concurrency:
+            if running and not memory.fits(head.reserves()):
+                books.waited = True
+                break
+            yield from memory.reserve(head.reserves())
+            new = _Running(head, iter(head), env.now)
+            head = next(waiting, None)
             yield from _iterate(machine, setting, books, [new])
             new.first_token = new.last_token = env.now
             running.append(new)
-            books.peak = max(books.peak, sum(r.held for r in running))
+            books.together(running)
         finished = yield from _iterate(machine, setting, books, running)
-        books.peak = max(books.peak, sum(r.held for r in running))
+        books.together(running)
         done += len(running) - len(finished)
         progress(done, total)
         for r in finished:
             books.retire(r)
             running.remove(r)
+            yield from memory.release(r.replay.reserves())
 
 
 def _iterate(machine: Machine, setting: Setting, books: _Books, running: list[_Running]):
@@ -127,6 +139,7 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
         sequences=len(stepped),
         prefill=prefill,
         known="start" if setting.demand is not None and setting.demand.kind == "all" else "layer",
+        awaits=False,
     )
     for r, a, o in stepped:
         heads = r.replay.lanes[1]
@@ -135,6 +148,7 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
         apart = r.replay.cache.policy.granularity == "head"  # each head's page is a copy of its own
         copies = max(1.0, shape.kv_heads / heads) if apart else 1.0
         runs = o.fetched_runs if setting.hardware.host.merge else o.fetched
+        work.awaits |= o.awaits[of]
         work.kv_read += a.tokens * shape.kv_token_bytes if prefill else page * o.read[of]
         ahead = o.prefetched_runs if setting.hardware.host.merge else o.prefetched
         moves = {"fetch": (o.fetched, runs), "spill": (o.spilled, o.spilled), "prefetch": (o.prefetched, ahead)}
@@ -170,6 +184,12 @@ class _Books:
         layers, heads = setting.trace.lanes
         self.lanes = {name: np.zeros(layers * heads) for name in _SUMS}
         self.peak = 0.0  # bytes on the GPU, over all requests that run
+        self.most = 0  # requests that ran together
+        self.waited = False  # did a request wait for memory that others held?
+
+    def together(self, running: list[_Running]) -> None:
+        self.peak = max(self.peak, sum(r.held for r in running))
+        self.most = max(self.most, len(running))
 
     def step(self, r: _Running, a: Access, o: Outcome, when: Record) -> None:
         lane, heads = self.setting.lane_bytes(r.replay.lanes), r.replay.lanes[1]
@@ -255,7 +275,7 @@ class _Books:
 
 
 def _manifest(
-    setting: Setting, tables: dict[str, dict[str, np.ndarray]], machine: Machine, peak: float
+    setting: Setting, tables: dict[str, dict[str, np.ndarray]], machine: Machine, books: _Books
 ) -> dict[str, Any]:
     """How the result was made. Everything here is a function of configuration, trace and code: no clock, no paths."""
     policy, identity = setting.policy(), identify(setting)
@@ -277,21 +297,30 @@ def _manifest(
         "budget_basis": _BASIS[parse_budget(setting.config.budget)[1]],
         "budget_bytes": float(np.mean(tables["requests"]["budget_pages"])) * setting.page_bytes,
         "evidence": "latency: predicted by the machine model from the constants above; " + CAVEAT,
-        "warnings": _warnings(setting, peak),
-        "notes": _notes(setting, policy, tables["requests"]),
+        "warnings": _warnings(setting, books.peak),
+        "notes": [*_notes(setting, policy, tables["requests"]), *_crowding(setting, books)],
         "events": int(machine.events),
-        "summary": {**results.summarise(tables), "peak_bytes": peak},
+        "summary": {**results.summarise(tables), "peak_bytes": books.peak, "running_peak": books.most},
     }
 
 
 def _warnings(setting: Setting, peak: float) -> list[str]:
     """What makes the numbers those of a machine that does not exist."""
-    shape, memory = setting.shape, setting.hardware.gpu.memory
-    weights = shape.layers * shape.layer_bytes + shape.hidden * shape.vocab * shape.value_bytes
+    weights, memory = setting.shape.weight_bytes, setting.hardware.gpu.memory
     if weights + peak <= memory:
         return []
     need = f"{format_bytes(weights)} of weights and {format_bytes(peak)} of pages"
     return [f"{need} are more than the GPU's {format_bytes(memory)}; the run goes on as if they fitted"]
+
+
+def _crowding(setting: Setting, books: _Books) -> list[str]:
+    if not books.waited:
+        return []
+    room = format_bytes(max(0.0, setting.memory["gpu"]))
+    return [
+        f"requests waited for memory: {books.most} of {setting.concurrency} ran together "
+        f"in the {room} that the weights leave on the GPU"
+    ]
 
 
 def _notes(setting: Setting, policy: Any, requests: dict[str, np.ndarray]) -> list[str]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvsim import registry
-from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
+from kvsim.cache.future import Future
+from kvsim.cache.tiers import Capacity
 from kvsim.trace.access import Access, DenseSource, Prompt, Trace, dense_trace
 
 # the matrix of the published test vectors: rows are queries, the first two are the prompt
@@ -62,7 +64,7 @@ def replay(
     request = trace.requests()[0]
     if hasattr(p, "foresee"):
         pool = {"head": trace.pool}.get(p.granularity, p.granularity)
-        p.foresee(replace(request, pool=pool), demand or use)
+        p.foresee(Future(replace(request, pool=pool), demand or use))
     regime = {"offload": registry.build(offload, "offload"), "demand": demand} if offload else {}
     extra = {"audit": audit} if issubclass(kind, Cache) else {}
     cache = kind(
@@ -113,7 +115,7 @@ def refer(policy, names, budget: int) -> Run:
     accesses, p = references(names), registry.build(policy) if isinstance(policy, str) else policy
     stride, use = accesses[0].row.shape[-1], Use("weight", 0.5)
     if hasattr(p, "foresee"):
-        p.foresee(_Sequence(accesses), use)
+        p.foresee(Future(_Sequence(accesses), use))
     cache = Cache(
         (1, 1), stride, p, Capacity(budget), offload=registry.build("spill", "offload"), use=use, demand=use, audit=True
     )

@@ -1,21 +1,23 @@
 """What a policy may see, and the two interfaces: who leaves, and where to.
 
-The future is in none of it. A policy that defines `foresee(trace, used)` is an oracle and is drawn as one.
+The future is in none of it. A policy that defines `foresee(trace)` is an oracle and is drawn as one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from kvsim.errors import ConfigError
+from kvsim.errors import ConfigError, PolicyError
 
 if TYPE_CHECKING:
-    from kvsim.cache.demand import Use
+    from kvsim.cache.future import Future
     from kvsim.cache.table import Table
-    from kvsim.trace.access import Prompt, Trace
+    from kvsim.trace.access import Prompt
 
+Facts = Callable[[], Mapping[str, np.ndarray]]  # what a trace knows of each key, arrays [stride]
 _PUBLIC = ("key", "born", "arrived", "last", "uses", "mass", "weights")
 
 
@@ -23,8 +25,10 @@ class View:
     """The table as a policy sees it: columns [layers, kv_heads, slots], read-only; private ones are writable.
 
     `key` (-1: empty line), `born`, `arrived` (on the GPU), `last` (used) in steps, prefill being 0; `uses`, `mass`
-    (sum of weights), `weights` (this step), `resident` (bool: on the GPU), private columns by `view["name"]`.
-    Scalars: `now` (step), `keys` (pages that exist), `newest` (largest key), `page_size` (tokens). `budget`: int64
+    (sum of weights), `weights` (this step), `resident` (bool: on the GPU), `pins` (1 while a page is being filled),
+    `size` (in pages), `wanted` (waiting requests ahead of the first that will refer to it; large if none), private
+    columns by `view["name"]`, facts of the trace about each key by `view.fact("token")`. Scalars: `now` (step),
+    `keys` (pages that exist), `tokens`, `newest` (largest key), `page_size` (tokens). `budget`: int64
     [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics at prefill, else None. `seed`, `rng`: the run's
     seed and a generator made from it. `rates`: bytes/s from "host" and "ssd" to the GPU, tokens/s of "recompute" (all
     layers); empty where no machine is known.
@@ -38,11 +42,19 @@ class View:
     mass: np.ndarray
     weights: np.ndarray
 
-    def __init__(self, table: Table, shape: tuple[int, int], page_size: int, seed: int):
+    def __init__(
+        self,
+        table: Table,
+        shape: tuple[int, int],
+        page_size: int,
+        seed: int,
+        rates: Mapping[str, float] | None = None,
+        facts: Facts | None = None,
+    ):
         self.page_size, self.seed, self.shape = page_size, seed, shape
         self.rng = np.random.default_rng(seed)
-        self.rates: dict[str, float] = {}
-        self.now, self.keys = 0, 0
+        self.rates, self._ask, self._known = dict(rates or {}), facts, None
+        self.now, self.keys, self.tokens = 0, 0, 0
         self.prompt: Prompt | None = None
         self.budget = np.zeros((*shape, 1), np.int64)
         self.bind(table)
@@ -65,6 +77,31 @@ class View:
     @property
     def newest(self) -> int:
         return self.keys - 1
+
+    @property
+    def pins(self) -> np.ndarray:
+        filling = self.newest if self.tokens % self.page_size else self.keys
+        return (self.key == filling).astype(np.int16)
+
+    @property
+    def size(self) -> np.ndarray:
+        return np.ones(self.key.shape, np.float32)
+
+    @property
+    def wanted(self) -> np.ndarray:
+        return np.full(self.key.shape, np.iinfo(np.int32).max, np.int32)
+
+    def fact(self, name: str) -> np.ndarray:
+        """What the trace knows of each page, in the shape of the columns; empty lines show that of key 0.
+
+        Raises PolicyError for a fact that the trace does not have.
+        """
+        if self._known is None:
+            self._known = self._ask() if self._ask else {}
+        if name not in self._known:
+            hint = f"it knows {', '.join(sorted(self._known)) or 'none'}"
+            raise PolicyError(f'the trace does not know the fact "{name}" of its keys', hint=hint)
+        return self._known[name][np.maximum(self.key, 0)]
 
 
 def locked(a: np.ndarray) -> np.ndarray:
@@ -144,19 +181,20 @@ class EvictionPolicy(Protocol):
         """Budget per lane in pages, broadcastable to [layers, kv_heads, 1]."""
         ...
 
-    def foresee(self, trace: Trace, used: Use) -> None:
-        """Oracles only: one request with its whole future, in the lanes and pages of the cache."""
+    def foresee(self, trace: Future) -> None:
+        """Oracles only, once: what this cache will see, with its whole future, in its lanes and pages."""
 
 
 class OffloadPolicy(Protocol):
     """Where victims go.
 
     `place` is required. The other hooks are optional; each returns a bool mask broadcastable to
-    [layers, kv_heads, slots], or None. A copy that does not arrive before its layer needs it is waited for.
+    [layers, kv_heads, slots], or None.
     """
 
     keeps: bool  # False: victims are gone (the lossy regime)
     inclusive: bool  # does a fetched page keep its copy below? (default True)
+    waits: bool  # does a step wait for all prefetches under way? (default False: for those of pages that it reads)
 
     def place(self, view: View, victims: np.ndarray) -> np.ndarray | int:
         """Tier per page (1 host, 2 SSD) or -1 for none; broadcastable.

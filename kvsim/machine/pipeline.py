@@ -53,7 +53,7 @@ class Machine:
             SsdEngine(clock, "ssd.read", hardware.ssd),
             SsdEngine(clock, "ssd.write", hardware.ssd, True),
         )
-        self.in_flight: dict[int, int] = {}  # layer -> prefetches of the iteration before that have not arrived
+        self.in_flight: dict[int, int] = {}  # layer -> prefetches of iterations before that have not arrived
         self.step: _Step | None = None  # the latest iteration, which waits for them
         self.stream.slows((self.h2d, self.d2h), 1.0 / (1.0 + hardware.gpu.copy_slowdown))
         self.h2d.slows((self.d2h,), hardware.h2d.duplex)
@@ -125,6 +125,7 @@ class _Step:
             next(moves) for _ in range(4)
         )
         self.next_host, self.next_ssd = moves
+        self.awaits = [bool(work.awaits.any())] if self.lumped else work.awaits.tolist()
         machine.step = self
         self.fetches = [a + b > 0 for a, b in zip(self.host, self.ssd, strict=True)]
         self.known_at_start = self.lumped or work.known == "start"
@@ -180,9 +181,9 @@ class _Step:
         record.compute_s += self.clock.now - job.started
 
     def _ready(self, layer: int) -> bool:
-        """Are all pages of the layer on the GPU, late prefetches of the iteration before among them?"""
+        """Are all pages of the layer on the GPU, late prefetches among them where the layer reads those?"""
         fetching = self.fetches[layer] and (self.issued <= layer or self.parts[layer])
-        return not fetching and not self.machine.in_flight.get(layer)
+        return not fetching and not (self.awaits[layer] and self.machine.in_flight.get(layer))
 
     def _pages(self, layer: int, record: Record) -> Generator[simpy.Event, None, None]:
         """Wait until the pages of a layer are on the GPU."""
@@ -287,7 +288,7 @@ class _Step:
             m.write.move(self.store[layer], self.store_n[layer], WRITE_BACK)
 
     def _prefetch(self, layer: int) -> None:
-        """Send for what the next iteration will want; its layer waits for what is late."""
+        """Send for what a later iteration will want."""
         m = self.machine
         (host, host_n), (ssd, ssd_n) = self.next_host, self.next_ssd
         if host[layer] or ssd[layer]:

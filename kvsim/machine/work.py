@@ -11,7 +11,7 @@ MOVES = ("fetch_host", "fetch_ssd", "spill_host", "spill_ssd", "prefetch_host", 
 
 @dataclass(slots=True)
 class Work:
-    """One iteration of the serving loop, as the cache left it. Arrays are float64 [layers]."""
+    """One iteration of the serving loop, as the cache left it. Arrays are [layers], float64 but for `awaits`."""
 
     queries: int  # query tokens in this iteration (decode: running sequences; prefill: prompt tokens)
     sequences: int
@@ -25,10 +25,11 @@ class Work:
     spill_host_copies: np.ndarray
     spill_ssd: np.ndarray  # bytes host -> SSD, not waited for
     spill_ssd_copies: np.ndarray
-    prefetch_host: np.ndarray  # bytes host -> GPU for the next iteration; its layer waits for what is late
+    prefetch_host: np.ndarray  # bytes host -> GPU for later iterations
     prefetch_host_copies: np.ndarray
     prefetch_ssd: np.ndarray
     prefetch_ssd_copies: np.ndarray
+    awaits: np.ndarray  # bool: layers that wait for prefetches of iterations before that are still on their way
     rebuild: np.ndarray  # tokens of each layer that are computed again instead of fetched
     known: str = "layer"  # the fetch list of a layer is known at the "start" of the step, or after the "layer" before
     policy_s: float = 0.0  # modelled compute of the policy on the GPU stream, spread over the layers
@@ -40,6 +41,7 @@ class Work:
         arrays = {name: np.zeros(layers) for name in ("kv_read", "rebuild", *moved)}
         for name in arrays.keys() & given.keys():
             arrays[name] = arrays[name] + given.pop(name)
+        given["awaits"] = np.full(layers, given.get("awaits", True), bool)
         return cls(**{"queries": 1, "sequences": 1, "prefill": False, **arrays, **given})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvsim.measure.prompts import Prompt
 from kvsim.measure.recorder import DecodeRow, PromptLayer, Vectors
 from kvsim.trace import TraceWriter
-from kvsim.trace.layout import PARQUET
+from kvsim.trace.layout import PARQUET, spans_name
 
 CHUNK_BYTES = 64 << 20  # of decode rows that wait on the device
 CHUNK_STEPS = 32
@@ -103,7 +103,7 @@ class Store:
         ]
         types = {"span": pa.int32(), "start": pa.int32(), "end": pa.int32(), "layer": pa.int16(), "head": pa.int16()}
         columns = {key: pa.array([line[key] for line in lines], types.get(key)) for key in lines[0]}
-        path = self.writer.partial / f"spans-{self.first + b}.parquet"
+        path = self.writer.partial / spans_name(self.first + b)
         pq.write_table(pa.table(columns), path, compression=PARQUET["compression"])
 
 

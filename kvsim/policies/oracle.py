@@ -25,21 +25,9 @@ class Belady:
     rows = "full"
     recent: int | str = 0
 
-    def foresee(self, request, used):
-        """Next use of every page after each step, from one pass over the request."""
-        addresses, steps = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-        for a in request.accesses():
-            if a.prefill:
-                lanes, stride = int(np.prod(a.row.shape[:2])), a.row.shape[2]
-                continue
-            peak = a.peak.reshape(lanes, stride)
-            visible, first = (np.repeat(x, lanes // len(x)) for x in (a.visible, a.first))
-            lane, key = np.nonzero(used.used(peak, a.keys, visible, first))
-            addresses.append(lane * stride + key)
-            steps.append(np.full(len(lane), a.step, np.int32))
-        address, step = np.concatenate(addresses), np.concatenate(steps)
-        order = np.argsort(address, kind="stable")  # steps stay ascending within an address
-        address, step = address[order], step[order]
+    def foresee(self, trace):
+        """Next use of every page after each step."""
+        lanes, stride, address, step = trace.uses()
         again = np.zeros(len(address), bool)  # is the next entry of the list the same page's next use?
         again[:-1] = address[1:] == address[:-1]
         following = np.where(again, np.roll(step, -1), _NEVER)
@@ -48,7 +36,7 @@ class Belady:
         self._next[address[first]] = step[first]
         by_step = np.argsort(step, kind="stable")
         self._address, self._following = address[by_step], following[by_step]
-        self._start = np.searchsorted(step[by_step], np.arange(request.output_tokens + 2))
+        self._start = np.searchsorted(step[by_step], np.arange(trace.steps + 2))
         self._lane = (np.arange(lanes) * stride)[:, None]
 
     def observe(self, view):
@@ -72,9 +60,9 @@ class MassOracle:
     recent: int | str = 0
     columns = {"spent": np.int64}
 
-    def foresee(self, request, used):
+    def foresee(self, trace):
         total = np.empty((0, 0), np.int64)
-        for a in request.accesses():
+        for a in trace.accesses():
             if a.prefill:
                 total = np.zeros((a.row.shape[0] * a.row.shape[1], a.row.shape[2]), np.int64)
             else:

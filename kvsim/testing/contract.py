@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from kvsim import registry
-from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
+from kvsim.cache.future import Future
 from kvsim.cache.table import COLUMNS, Table
+from kvsim.cache.tiers import Capacity
 from kvsim.errors import KvsimError, PolicyError
 from kvsim.testing.traces import tiny_trace
 from kvsim.trace.access import Access
@@ -108,7 +110,7 @@ def _replay(cache: type, spec: str, kind: str, regime: str, problems: list[str])
     trace = tiny_trace(prompt=12, steps=max(24, budget + 2 * policy.lag))
     request, use, found = trace.requests()[0], Use(), []
     if hasattr(policy, "foresee"):
-        policy.foresee(request, use)
+        policy.foresee(Future(request, use))
     demand = None if callable(getattr(policy, "select", None)) else use
     c = cache(trace.lanes, request.stride, policy, Capacity(budget, ssd=None), offload=offload, use=use, demand=demand)
     c.problems = problems
@@ -125,9 +127,9 @@ class _Watched(Cache):
 
     problems: list[str]
 
-    def _call(self, method: str, *arguments: Any, of: Any = None, optional: bool = False) -> Any:
+    def call(self, method: str, *arguments: Any, of: Any = None, optional: bool = False) -> Any:
         before = self._state()
-        value = super()._call(method, *arguments, of=of, optional=optional)
+        value = super().call(method, *arguments, of=of, optional=optional)
         changed = []
         for name, (now, was) in {n: (x, before[n][1]) for n, x in self._arrays().items()}.items():
             if not np.array_equal(now, was):
@@ -189,7 +191,7 @@ class _Grown(_Watched):
     def access(self, a: Access):
         out = super().access(a)
         if a.step % 3 == 0:
-            self._resize(self.table.slots + 5)
+            self.resize(self.table.slots + 5)
         return out
 
 

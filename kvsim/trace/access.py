@@ -112,7 +112,7 @@ class Source:
     id: int
     prompt_tokens: int
     output_tokens: int  # decode rows
-    facts: Mapping[str, Any]  # "tokens", "need" (gold sources per decode step), "step_seconds", ... where known
+    facts: Mapping[str, Any]  # "tokens", "span" (per token), "need" (gold sources per decode step), ... where known
 
     def prompt(self) -> PromptRows:
         raise NotImplementedError
@@ -161,6 +161,12 @@ class Request:
     def stride(self) -> int:
         """Keys (pages) of the whole request."""
         return -(-self.tokens // self.page_size)
+
+    def facts(self) -> dict[str, np.ndarray]:
+        """What is known of each key, arrays [stride]; of a page, what is known of its first token."""
+        known = {name: np.asarray(x) for name, x in self.source.facts.items() if isinstance(x, np.ndarray)}
+        per_token = {name: x[: self.tokens] for name, x in known.items() if x.ndim == 1 and len(x) >= self.tokens}
+        return {name: x[:: self.page_size] for name, x in per_token.items()}
 
     def accesses(self) -> Iterator[Access]:
         """Prefill, then one access per decode step. Buffers are reused: copy what must outlive a step."""

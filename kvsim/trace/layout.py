@@ -65,6 +65,10 @@ def attention_name(request: int) -> str:
     return f"attn-{request}.parquet"
 
 
+def spans_name(request: int) -> str:
+    return f"spans-{request}.parquet"
+
+
 def vectors_name(request: int) -> str:
     return f"vectors-{request}.parquet"
 

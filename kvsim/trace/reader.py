@@ -21,7 +21,7 @@ from kvsim.errors import TraceError
 from kvsim.trace.access import PromptRows, Source, TokenRow, Trace
 from kvsim.trace.files import AGAIN, geometry, group_steps, open_parquet, read_groups, read_manifest, read_table
 from kvsim.trace.group import Group
-from kvsim.trace.layout import KEYS, attention_name, planes, vectors_name
+from kvsim.trace.layout import KEYS, attention_name, planes, spans_name, vectors_name
 
 DEMO = Path(__file__).parent.parent / "data" / "demo.kvtrace"
 
@@ -77,7 +77,8 @@ class FileSource(Source):
         """Columns of requests.parquet and steps.parquet under their names; times in seconds.
 
         "tokens": int32, prompt and output; "need": one int32 array per decode step; "step_us" becomes
-        "step_seconds" (of the run without capture), "captured_step_us" "captured_step_seconds".
+        "step_seconds" (of the run without capture), "captured_step_us" "captured_step_seconds". "span": int32 per
+        token, number of the prompt's span that holds it, -1 for none.
         """
         own = ("request", "prompt_len", "n_steps")
         facts = {key: value for key, value in self._row.items() if key not in own and value is not None}
@@ -87,6 +88,11 @@ class FileSource(Source):
             for name in table.column_names if table.num_rows else ():
                 if name not in ("request", "step"):
                     facts |= _step_fact(name, table.column(name))
+        if (path := self.path / spans_name(self.id)).is_file():
+            facts["span"] = np.full(len(facts["tokens"]), -1, np.int32)
+            spans = read_table(path, ("span", "start", "end"))
+            for span, start, end in zip(*(spans.column(n).to_pylist() for n in ("span", "start", "end")), strict=True):
+                facts["span"][start:end] = span
         return facts
 
     def prompt(self) -> PromptRows:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use, parse_demand, parse_use
 from kvsim.cache.table import Table
+from kvsim.cache.tiers import Capacity
 from kvsim.cache.view import keep, share_of, window
 from kvsim.errors import ConfigError, PolicyError
 from kvsim.testing import moved, tiny_trace

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from kvsim import registry
-from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
+from kvsim.cache.tiers import Capacity
 from kvsim.errors import PolicyError
 from kvsim.trace.access import Geometry, dense_trace
 from tests.conftest import SIZES, random_source
@@ -15,7 +16,7 @@ THETA = Use("weight", 0.05)
 
 
 class Plain:
-    keeps, inclusive = True, True
+    keeps, inclusive, waits = True, True, False
 
     def place(self, view, victims):
         return np.int8(1)

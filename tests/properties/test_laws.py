@@ -145,7 +145,7 @@ class Shuffling(Cache):
     def access(self, a):
         out = super().access(a)
         if a.step % 3 == 2:
-            self._resize(self.table.slots + 4)
+            self.resize(self.table.slots + 4)
         self.table = moved(self.table, np.random.default_rng(a.step))
         self.view.bind(self.table)
         return out

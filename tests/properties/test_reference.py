@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim import registry
-from kvsim.cache.cache import Cache, Capacity
+from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
+from kvsim.cache.future import Future
+from kvsim.cache.tiers import Capacity
 from kvsim.errors import ConfigError
 from kvsim.testing import ReferenceCache
 from tests.helpers import policy_for
@@ -45,7 +47,7 @@ def both(trace, policy, capacity, **regime):
     """Engine and reference side by side; oracles look ahead once for both."""
     request = trace.requests()[0]
     if hasattr(policy, "foresee"):
-        policy.foresee(request, regime.get("demand") or regime["use"])
+        policy.foresee(Future(request, regime.get("demand") or regime["use"]))
     a, b = (
         kind(trace.lanes, request.stride, policy, capacity, page_size=trace.page_size, seed=3, **regime)
         for kind in (Cache, ReferenceCache)

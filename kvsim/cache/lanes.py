@@ -1,0 +1,119 @@
+"""The lanes of one cache: its table, what the policy sees of it, and how what its hooks answer becomes columns.
+
+A lane is where one decision is made: a KV head, a layer, or the whole model, as the policy's granularity says. The
+rows of attention have lanes of their own (every layer and KV head of the trace's view); several of them may share
+a table lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kvsim.cache import hooks, kernels
+from kvsim.cache.table import Table
+from kvsim.cache.view import Facts, View, locked, protected
+from kvsim.trace.access import Access
+
+
+class Lanes:
+    """Table, view and policy of one cache; arguments as in `Cache`."""
+
+    def __init__(
+        self,
+        row_lanes: tuple[int, int],
+        stride: int,
+        policy: Any,
+        budget: int,
+        *,
+        page_size: int = 1,
+        seed: int = 0,
+        rates: Mapping[str, float] | None = None,
+        facts: Facts | None = None,
+    ):
+        layers, heads = row_lanes
+        self.shape = {"head": (layers, heads), "layer": (layers, 1), "token": (1, 1)}[policy.granularity]
+        self.lanes, self.rows = self.shape[0] * self.shape[1], layers * heads
+        self.row_lanes, self.stride, self.page_size, self.policy = row_lanes, stride, page_size, policy
+        self.budget = np.full(self.lanes, min(budget, stride) if policy.bounded else stride, np.int64)
+        self.table = Table(self.lanes, 0, {})
+        self.view = View(self.table, self.shape, page_size, seed, rates, facts)
+        self.view.budget = locked(self.budget.reshape(*self.shape, 1))  # follows every change of ours
+
+    # -- the table's size --------------------------------------------------------------------------------------
+
+    def grow(self) -> None:
+        """Lines for a policy that outgrows its budget (a read set, a prompt not yet cut, a larger split)."""
+        if self.table.free_count.min() == 0:
+            self.resize(min(self.stride, 2 * self.table.slots) + 1)
+
+    def shrink(self) -> None:
+        """Once a long prompt is cut, the table is as wide as the budget again."""
+        needed = max(int(self.table.resident().max()), int(self.budget.max())) + self.policy.lag + 1
+        if 2 * needed < self.table.slots:
+            self.resize(needed)
+
+    def resize(self, slots: int) -> None:
+        self.table = self.table.resized(slots)
+        self.view.bind(self.table)
+
+    # -- asking the hooks --------------------------------------------------------------------------------------
+
+    def call(self, method: str, *arguments: Any, of: Any = None, optional: bool = False) -> Any:
+        """What a hook of the policy (or of `of`) answers; None for an optional one that is not defined."""
+        return hooks.call(of or self.policy, method, *arguments, now=self.view.now, optional=optional)
+
+    def broadcast(self, value: Any, what: str, dtype: Any, slots: int | None = None, of: Any = None) -> np.ndarray:
+        """What a hook returned, as [lanes, slots]."""
+        shape = (*self.shape, self.table.slots if slots is None else slots)
+        return hooks.array(of or self.policy, what, value, shape, dtype).reshape(self.lanes, -1)
+
+    def shown(self, mask: np.ndarray) -> np.ndarray:
+        """A mask [lanes, slots] in the shape that hooks get, read-only."""
+        return locked(mask.reshape(*self.shape, self.table.slots))
+
+    # -- choosing victims --------------------------------------------------------------------------------------
+
+    def score(self) -> np.ndarray:
+        return self.broadcast(self.call("score", self.view), "scores", np.float32)
+
+    def protected(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pages per lane at the head and at the tail that leave last, and that a read set holds."""
+        return protected(self.policy, self.budget, self.page_size)
+
+    def choose(self, a: Access, bit: int, excess, score, head, tail) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last."""
+        t = self.table
+        pinned = a.keys - 1 if a.tokens % self.page_size else -1  # a page that is still being filled
+        out, counts = np.empty((self.lanes, int(excess.max())), np.int32), np.empty(self.lanes, np.int64)
+        bad = kernels.victims(score, t.key, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
+        if bad >= 0:
+            lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
+            wrong = f"returned NaN at step {a.step}, lane {lane}"
+            raise hooks.broken(self.policy, wrong, "score", "every resident page needs a number")
+        return out, counts
+
+    # -- between lanes, layers and row lanes --------------------------------------------------------------------
+
+    def mask(self, chosen: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The first `counts[lane]` slots listed in `chosen` [lanes, n], as a mask [lanes, slots]."""
+        mask = np.zeros(self.table.key.shape, bool)
+        kernels.mark(chosen, counts, mask)
+        return mask
+
+    def by_layer(self, mask: np.ndarray) -> np.ndarray:
+        """int64 [layers of the table]: how many slots of a mask [lanes, slots] are set."""
+        return self.sum_layers(np.count_nonzero(mask, axis=1))
+
+    def sum_layers(self, per_lane: np.ndarray) -> np.ndarray:
+        return per_lane.reshape(self.shape).sum(1)
+
+    def per_row(self, per_layer: np.ndarray) -> np.ndarray:
+        """A value per layer of the view (or one for all), by row lane."""
+        return np.repeat(per_layer, self.rows // len(per_layer))
+
+    def per_lane(self, first: np.ndarray) -> np.ndarray:
+        """First visible key per table lane from the one per layer."""
+        return np.repeat(first, self.shape[1]) if len(first) == self.shape[0] else np.full(self.lanes, first.min())
