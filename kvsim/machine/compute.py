@@ -46,6 +46,11 @@ class ModelShape:
         return sum(self.gemms) * self.value_bytes
 
     @property
+    def weight_bytes(self) -> float:
+        """Weight bytes of all layers and the head."""
+        return self.layers * self.layer_bytes + self.hidden * self.vocab * self.value_bytes
+
+    @property
     def kv_token_bytes(self) -> float:
         """Bytes of keys and values of one token in one layer, all KV heads."""
         return 2.0 * self.kv_heads * self.head_dim * self.kv_bytes
