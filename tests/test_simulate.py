@@ -271,6 +271,53 @@ def test_peak_memory_counts_the_prompt_and_everything_that_runs(trace):
     assert "more than the GPU's" in tiny.manifest["warnings"][0]
 
 
+def test_requests_wait_until_the_memory_they_may_need_is_free(trace):
+    """Three requests of 44 pages; memory for two of them, and then for less than one."""
+    page = 2 * 2 * 64
+    settings = {"policy": "full", "concurrency": 3}
+    weights = prepare(trace, run_config(settings)).shape.weight_bytes
+    for pages, together in ((132, 3), (131, 2), (88, 2), (87, 1), (40, 1)):
+        r = run(trace, **settings, constants={"gpu.memory": f"{weights + pages * page}B"})
+        assert r.summary["running_peak"] == together
+        assert r.summary["peak_bytes"] == min(3, together) * 44 * page
+        assert any("waited for memory" in note for note in r.manifest["notes"]) == (together < 3)
+        assert bool(r.manifest["warnings"]) == (pages < 44)
+    late = run(trace, **settings, constants={"gpu.memory": f"{weights + 88 * page}B"}).requests
+    first = late.set_index("request")
+    assert first["admitted_s"].max() == first["finish_s"].min()  # the third starts when the first has ended
+
+
+@pytest.mark.parametrize("policy", ["full", "lru", "h2o", "lazy-eviction(window=10)", "streaming-llm", "belady"])
+@pytest.mark.parametrize("regime", [{}, {"regime": "offload", "page_size": 2}])
+def test_a_request_never_holds_more_than_it_reserved(trace, policy, regime):
+    if regime and policy.startswith("lazy"):
+        regime = {**regime, "page_size": 1}
+    setting = prepare(trace, run_config({"policy": policy, "budget": "40%", **regime}))
+    reserved = [Replay(setting, request).reserves()["gpu"] for request in setting.trace.requests()]
+    held = run(trace, policy=policy, budget="40%", **regime).requests["peak_bytes"]
+    assert (held <= np.array(reserved) * (1 + 1e-12)).all()
+
+
+def test_a_policy_may_ask_what_the_trace_knows_of_each_page(tmp_path):
+    source = random_source(1)
+    source.facts["expiry"] = np.arange(100.0, 100.0 + 44)
+    source.facts["short"] = np.arange(3)
+    trace = dense_trace([source], Geometry(2, 2, 2, 16, **SIZES))
+    plug = tmp_path / "soon.py"
+    plug.write_text(
+        "from kvsim import policy\n\n\n@policy('soon')\nclass Soon:\n    'Keeps what expires last.'\n\n"
+        "    name: str = 'expiry'\n\n    def score(self, view):\n        assert (view.size == 1).all()\n"
+        "        assert view.pins.sum() == (4 if view.tokens % view.page_size else 0)\n"
+        "        return view.fact(self.name)\n"
+    )
+    base = {"budget": "25%", "page_size": 4, "regime": "offload"}
+    soon, newest = run(trace, policy=str(plug), **base), run(trace, policy="streaming-llm(sink=0)", **base)
+    assert (soon.steps["hit"] == newest.steps["hit"]).all()  # later keys expire later
+    with pytest.raises(PolicyError, match='does not know the fact "short"') as bad:
+        run(trace, policy=f"{plug}(name='short')", **base)
+    assert "expiry" in str(bad.value)
+
+
 def test_a_lagged_policy_is_not_above_what_it_was_allowed_to_hold(trace):
     r = run(trace, policy="lazy-eviction(window=10)", budget="14")
     assert (r.steps["attended"] <= r.steps["ceiling"] * (1 + 1e-5) + 1e-6)[r.steps["step"] > 0].all()

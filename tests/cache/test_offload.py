@@ -22,11 +22,11 @@ class Plain:
         return np.int8(1)
 
 
-def replay(offload, policy="lru"):
+def replay(offload, policy="lru", **more):
     """Outcomes of one request and the cache afterwards."""
     trace = dense_trace([random_source(5)], Geometry(2, 2, 2, 16, **SIZES))
     (request,) = trace.requests()
-    settings = {"offload": offload, "demand": THETA, "audit": True}
+    settings = {"offload": offload, "demand": THETA, "audit": True, **more}
     cache = Cache((2, 2), request.stride, registry.build(policy), Capacity(BUDGET), **settings)
     return [cache.access(a) for a in request.accesses()], cache
 
@@ -61,6 +61,55 @@ def test_a_prefetch_that_does_not_survive_moves_nothing():
     assert all((o.resident <= BUDGET).all() for o in outcomes)
     for o in outcomes:
         assert o.prefetched.sum() <= BUDGET * cache.lanes
+
+
+def test_a_step_waits_for_the_prefetched_pages_it_reads():
+    """Layers are awaited where a page is read for the first time since it was prefetched; or all, if asked."""
+
+    class Record(Ahead):
+        def __init__(self, waits):
+            self.waits, self.sent = waits, []
+
+        def prefetch(self, view):
+            self.sent.append(super().prefetch(view) & ~view.resident & (view.key >= 0))
+            return self.sent[-1]
+
+    some, cache = replay(Record(False), policy="h2o(recent=1)")
+    assert not some[0].awaits.any()
+    waited = np.array([o.awaits for o in some[1:]])
+    assert waited.any() and not waited.all()
+    moved = np.array([o.prefetched.sum(0) for o in some[:-1]])
+    assert (waited.cumsum(0) <= (moved > 0).cumsum(0)).all()  # nothing is awaited that was not sent for
+    every, _ = replay(Record(True), policy="h2o(recent=1)")
+    assert all(o.awaits.all() for o in every)
+    assert [o.fetched.sum() for o in every] == [o.fetched.sum() for o in some]  # when one waits decides nothing
+
+
+def test_every_page_that_moves_is_listed():
+    """The list of a recording cache adds up to the counts, and names pages that were where it says."""
+
+    class Both(Ahead):
+        def backup(self, view):
+            return view.key % 3 == 0
+
+    outcomes, cache = replay(Both(), policy="h2o(recent=1)", record=True)
+    counts = {"load": "fetched", "prefetch": "prefetched", "store": "spilled"}
+    for o in outcomes:
+        for action, name in counts.items():
+            listed = np.zeros((3, 2), int)
+            for move in o.moved:
+                if move.action == action:
+                    np.add.at(listed[move.tier], move.layer, 1)
+            assert (listed == getattr(o, name)).all()
+    held = set()
+    for o in outcomes:
+        for move in o.moved:
+            pages = list(zip(move.layer.tolist(), move.page.tolist(), strict=True))
+            if move.action == "store":
+                held |= set(pages)
+            else:
+                assert set(pages) <= held  # only what was stored can be loaded
+    assert not any(o.moved for o in replay(Both(), policy="h2o(recent=1)")[0])
 
 
 def test_write_through_moves_every_page_once_and_nothing_at_eviction():

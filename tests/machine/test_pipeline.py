@@ -391,6 +391,16 @@ def test_a_late_prefetch_is_waited_for_by_its_layer():
     assert machine.links["link.h2d"].bytes == pytest.approx(2 * seconds(3.0)) and not machine.in_flight
 
 
+def test_a_layer_that_reads_none_of_a_late_prefetch_goes_on():
+    """As above, but the second step reads only what layer 1 was sent: layer 0 computes at once, layer 1 at 7."""
+    first = work(1.0, layers=2, prefetch_host=seconds(3.0))
+    second, third = work(1.0, layers=2, awaits=np.array([False, True])), work(1.0, layers=2, awaits=False)
+    (a, b, c), machine = steps(hardware(), [first, second, third])
+    assert a.end_s == pytest.approx(2)
+    assert b.layer_end_s == pytest.approx([3, 8]) and b.stall_s == pytest.approx(4)
+    assert c.end_s == pytest.approx(10) and c.stall_s == 0 and not machine.in_flight
+
+
 def test_a_prefetch_in_time_costs_nothing():
     first, second = work(1.0, layers=4, prefetch_host=seconds(0.5)), work(1.0, layers=4)
     (a, b), _ = steps(hardware(), [first, second])
