@@ -27,7 +27,7 @@ class View:
     `key` (-1: empty line), `born`, `arrived` (on the GPU), `last` (used) in steps, prefill being 0; `uses`, `mass`
     (sum of weights), `weights` (this step), `resident` (bool: on the GPU), `pins` (1 while a page is being filled),
     `size` (in pages), `wanted` (waiting requests ahead of the first that will refer to it; large if none), private
-    columns by `view["name"]`, facts of the trace about each key by `view.fact("token")`. Scalars: `now` (step),
+    columns by `view["name"]`, facts of the trace about each key by `view.fact("tokens")`. Scalars: `now` (step),
     `keys` (pages that exist), `tokens`, `newest` (largest key), `page_size` (tokens). `budget`: int64
     [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics at prefill, else None. `seed`, `rng`: the run's
     seed and a generator made from it. `rates`: bytes/s from "host" and "ssd" to the GPU, tokens/s of "recompute" (all
