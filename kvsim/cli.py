@@ -109,6 +109,9 @@ def run(
     references: Annotated[
         bool, typer.Option(help="Also replay LRU, random and the oracles, and give a verdict.")
     ] = True,
+    export_plan: Annotated[
+        Path | None, typer.Option(help="Also write which pages move when, as a Parquet file that can be performed.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
     output: Out = None,
 ) -> None:
@@ -148,12 +151,14 @@ def run(
     if output:
         check_free(output, run_id(identify(prepare(opened, chosen))))
     with _Wait(f"replaying {opened.name}") as wait:
-        result = simulate(opened, chosen, progress=wait.update)
+        result = simulate(opened, chosen, progress=wait.update, export_plan=export_plan)
         comparison = compare(opened, result, wait.then("replaying the references")) if references else None
     result.timing = {"wall_s": wait.seconds}
     folder = result.save(output or Path("runs") / result.id)
     _print_run(result, comparison, wait.seconds)
     typer.echo(f"written to {folder}: manifest.json, steps.parquet, requests.parquet, lanes.parquet, links.parquet")
+    if export_plan:
+        typer.echo(f"written to {export_plan}: the movement plan")
 
 
 def _open(name: str) -> Trace:

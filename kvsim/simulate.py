@@ -7,7 +7,9 @@ writes down when things happened.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from kvsim import registry, results
 from kvsim.cache.outcome import Outcome
 from kvsim.config import RunConfig, run_config
 from kvsim.errors import KvsimError
+from kvsim.moves import Moves, plan_writer
+from kvsim.plan import PlanWriter
 from kvsim.replay import Replay, Setting, prepare
 from kvsim.results import Recorder, Result
 from kvsim.trace.access import Access, Trace
@@ -40,12 +44,14 @@ def run(
     *,
     ceiling: bool = True,
     progress: Progress | None = None,
+    export_plan: Path | None = None,
     **settings: Any,
 ) -> Result:
     """Replay a trace against a policy on a machine.
 
     `config`, or its keys as keywords: `run(trace, policy="h2o(recent=64)", budget="20%")`. `ceiling`: compute the step
-    ceiling too. `progress(done, total)` is told about decode steps. Raises ConfigError, PolicyError, TraceError.
+    ceiling too. `progress(done, total)` is told about decode steps. `export_plan`: also write the movement plan
+    (offload regime, one request, decisions by layer) to this file. Raises ConfigError, PolicyError, TraceError.
     """
     import simpy
 
@@ -55,13 +61,14 @@ def run(
     setting = prepare(trace, config or run_config(settings))
     env = simpy.Environment()
     machine = Machine(env, setting.hardware, setting.shape, overlap=setting.config.overlap, alone=True)
-    books = _Books(setting)
-    memory = Memory(env, setting.memory)
-    env.process(_serve(env, machine, memory, setting, books, ceiling, progress or (lambda done, total: None)))
-    try:
-        env.run()
-    except KvsimError as copied:  # SimPy raises a copy; the original has all three lines
-        raise (copied.__cause__ if isinstance(copied.__cause__, KvsimError) else copied) from None
+    with plan_writer(export_plan, setting) if export_plan else nullcontext() as plan:
+        books = _Books(setting, plan)
+        memory = Memory(env, setting.memory)
+        env.process(_serve(env, machine, memory, setting, books, ceiling, progress or (lambda done, total: None)))
+        try:
+            env.run()
+        except KvsimError as copied:  # SimPy raises a copy; the original has all three lines
+            raise (copied.__cause__ if isinstance(copied.__cause__, KvsimError) else copied) from None
     tables = books.tables(machine, env.now)
     return Result(tables, _manifest(setting, tables, machine, books))
 
@@ -73,6 +80,7 @@ class _Running:
     replay: Replay
     steps: Iterator[tuple[Access, Outcome]]
     admitted: float
+    moves: Moves | None = None
     first_token: float = 0.0
     last_token: float = 0.0
     decoded: int = 0
@@ -87,7 +95,7 @@ def _serve(
     """Iteration-level batching: admit while there is room, prefill alone, then one decode step of all that runs."""
     requests = setting.trace.requests()
     total, done = sum(r.output_tokens for r in requests), 0
-    waiting = (Replay(setting, request, ceiling=ceiling) for request in requests)
+    waiting = (Replay(setting, request, ceiling=ceiling, record=books.plan is not None) for request in requests)
     head = next(waiting, None)
     running: list[_Running] = []
     while head or running:
@@ -96,7 +104,7 @@ def _serve(
                 books.waited = True
                 break
             yield from memory.reserve(head.reserves())
-            new = _Running(head, iter(head), env.now)
+            new = _Running(head, iter(head), env.now, Moves(books.plan, head) if books.plan else None)
             head = next(waiting, None)
             yield from _iterate(machine, setting, books, [new])
             new.first_token = new.last_token = env.now
@@ -125,6 +133,8 @@ def _iterate(machine: Machine, setting: Setting, books: _Books, running: list[_R
         record = yield from machine.iterate(_work(setting, stepped))
         for r, a, o in stepped:
             books.step(r, a, o, record)
+            if r.moves:
+                r.moves.add(a, o)
     return finished
 
 
@@ -178,8 +188,8 @@ def _policy_seconds(setting: Setting, deciding: list[Replay]) -> float:
 class _Books:
     """The tables of a run while it goes on."""
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
+    def __init__(self, setting: Setting, plan: PlanWriter | None = None):
+        self.setting, self.plan = setting, plan
         self.steps, self.requests = Recorder(results.STEPS), Recorder(results.REQUESTS)
         layers, heads = setting.trace.lanes
         self.lanes = {name: np.zeros(layers * heads) for name in _SUMS}

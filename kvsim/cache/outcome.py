@@ -9,8 +9,8 @@ import numpy as np
 
 
 class Move(NamedTuple):
-    """Pages that moved in one step: `action` is "load" (waited for), "prefetch", "store" or "drop"; `tier` the other
-    end (1 host, 2 SSD; 0 where they are gone); `layer` (of the table) and `page`: int arrays [pages]."""
+    """Pages that moved in one step: `action` is "load" (waited for), "prefetch", "store" or "drop" (they leave the GPU,
+    the tier has a copy); `tier` is 1 for the host, 2 for the SSD; `layer` (of the table) and `page`: int arrays."""
 
     action: str
     tier: int

@@ -106,7 +106,8 @@ class Tiers:
             t.private[_AHEAD][victims] = False
         gone = victims & (t.copies == 0)
         out.dropped += int(gone.sum())
-        self._note(out, "drop", 0, gone)
+        self._note(out, "drop", 1, victims & ((t.copies & HOST) != 0))
+        self._note(out, "drop", 2, victims & (t.copies == SSD))
         t.release_where(gone)
 
     def _send(self, leaving: np.ndarray, out: Outcome) -> None:
