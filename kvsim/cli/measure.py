@@ -1,0 +1,84 @@
+"""capture, calibrate and validate: everything that runs a real model or a real machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvsim.cli.app import app
+from kvsim.cli.screen import Wait
+from kvsim.errors import ConfigError
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Argument(help="A Hugging Face causal language model: a local folder or a name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .kvtrace folder to write.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt file (one prompt a line) or .jsonl (prompt, or tokens).")
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="A Python file with sample(seed, index, ...), such as the reasoner's.")
+    ] = None,
+    task_args: Annotated[str, typer.Option(help="Settings for the task: problems=6,steps=8.")] = "",
+    count: Annotated[int, typer.Option(help="Prompts to draw from the task.", min=1)] = 8,
+    mode: Annotated[str, typer.Option(help="free: generate greedily. forced: feed the given continuation.")] = "free",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Decode steps at most.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts run together.", min=1)] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    heads: Annotated[
+        str, typer.Option(help="mean over a KV head's query heads, max beside it, or query: no reduction.")
+    ] = "mean",
+    prompt_rows: Annotated[str, typer.Option(help="How many of the last prompt rows to store, or all.")] = "64",
+    vectors: Annotated[bool, typer.Option(help="Store queries, keys and values too.")] = False,
+    spans: Annotated[Path | None, typer.Option(help="JSON list of [start, end, name]: column sums per span.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of each row's mass that is kept.")] = 0.99,
+    lossless: Annotated[bool, typer.Option(help="Every weight, as float32.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the task's samples.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="What to call the model in results; its folder's name otherwise.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the prompts, noted in the trace.")] = None,
+) -> None:
+    """Run a model and store the attention it computes as a trace.
+
+    Example: kvsim capture experiments/reasoner/model --task experiments/reasoner/task.py --task-args
+    problems=6,steps=8 -o my.kvtrace
+    """
+    from kvsim.measure.capture import capture as capture_model
+    from kvsim.measure.prompts import task_prompts
+
+    if (prompts is None) == (task is None):
+        raise ConfigError(
+            "give either --prompts or --task",
+            hint="a file of prompts, or a generator such as experiments/reasoner/task.py",
+        )
+    if prompt_rows != "all" and not prompt_rows.isdigit():
+        raise ConfigError(f'--prompt-rows "{prompt_rows}"', hint='write a number, or "all"')
+    with Wait("capturing") as wait:
+        given: Any = task_prompts(task, count, seed=seed, settings=task_args) if task else prompts
+        path = capture_model(
+            model,
+            given,
+            output,
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            heads=heads,
+            prompt_rows="all" if prompt_rows == "all" else int(prompt_rows),
+            vectors=vectors,
+            spans=spans,
+            keep=keep,
+            lossless=lossless,
+            seed=seed,
+            name=name or Path(model).name,
+            licence=licence,
+            source=f"{task.name}({task_args})" if task else None,
+            progress=lambda done, total, what: wait.update(done, total),
+        )
+    typer.echo(f"written {path} in {wait.seconds:.1f} s; look at it with: kvsim trace info {path}")

@@ -1,0 +1,295 @@
+"""run, sweep and plot; list and check: everything about replaying a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvsim.cli.app import Out, app, open_named
+from kvsim.cli.screen import Wait, screen, table
+from kvsim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvsim.report import Comparison
+    from kvsim.results import Result
+
+
+@app.command()
+def run(
+    trace: Annotated[str | None, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo".')] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="A policy, a file.py, or either with parameters: 'h2o(recent=64)'.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="20% of the final length, 512 pages per lane, or 4GiB for each request.")
+    ] = None,
+    regime: Annotated[
+        str | None, typer.Option(help="lossy: evicted pages are gone. offload: they move one tier down.")
+    ] = None,
+    offload: Annotated[str | None, typer.Option(help="Where victims go: drop, spill, or your own.")] = None,
+    demand: Annotated[str | None, typer.Option(help="Offload: dense, theta, theta(0.01), topk(64) or select.")] = None,
+    use: Annotated[
+        str | None, typer.Option(help="A page is used from this share of an equal weight, or weight(1e-4).")
+    ] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens per page; 1 in lossy, 16 in offload.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="One decision per head, layer or token.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="A shipped machine or a TOML file; see `kvsim list hardware`.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Time it as this model: a name or a Hugging Face config.json.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory for pages, such as 64GiB.")] = None,
+    ssd: Annotated[str | None, typer.Option(help="SSD space for pages, such as 1TB.")] = None,
+    overlap: Annotated[str | None, typer.Option(help="Copies beside compute: layer, step or none.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests replayed together on one GPU.")] = None,
+    request: Annotated[list[int] | None, typer.Option(help="Only these requests (repeatable).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random policies.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with the same keys; flags win.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, also hardware.link.h2d.bandwidth=50GB/s.")
+    ] = None,
+    references: Annotated[
+        bool, typer.Option(help="Also replay LRU, random and the oracles, and give a verdict.")
+    ] = True,
+    export_plan: Annotated[
+        Path | None, typer.Option(help="Also write which pages move when, as a Parquet file that can be performed.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
+    output: Out = None,
+) -> None:
+    """Replay a trace against one policy on one machine.
+
+    Example: kvsim run demo --policy h2o --budget 20% --hardware a100-pcie4
+    """
+    from kvsim.config import parse_settings, read_toml, run_config
+
+    flags = {
+        "policy": policy, "budget": budget, "regime": regime, "offload": offload, "demand": demand, "use": use,
+        "page_size": page_size,
+        "granularity": granularity, "hardware": hardware, "model": model, "host": host, "ssd": ssd, "overlap": overlap,
+        "concurrency": concurrency, "requests": request, "seed": seed,
+    }  # fmt: skip
+    values: dict[str, Any] = read_toml(config) if config else {}
+    name = trace or values.pop("trace", None)
+    values.pop("trace", None), values.pop("name", None)
+    if name is None:
+        raise ConfigError("no trace was given", hint='give a .kvtrace folder, or "demo"')
+    values |= parse_settings(settings or [])
+    values |= {k: v for k, v in flags.items() if v is not None}
+    chosen = run_config(values, where=str(config) if config else None)
+    if dry_run:
+        import tomli_w
+
+        keys = {k: v for k, v in chosen.resolved().model_dump().items() if v is not None}
+        typer.echo(tomli_w.dumps({"trace": name, **keys}))
+        return
+    from kvsim.replay import prepare
+    from kvsim.report import compare
+    from kvsim.results import check_free, run_id
+    from kvsim.simulate import identify
+    from kvsim.simulate import run as simulate
+
+    opened = open_named(name)
+    if output:
+        check_free(output, run_id(identify(prepare(opened, chosen))))
+    with Wait(f"replaying {opened.name}") as wait:
+        result = simulate(opened, chosen, progress=wait.update, export_plan=export_plan)
+        comparison = compare(opened, result, wait.then("replaying the references")) if references else None
+    result.timing = {"wall_s": wait.seconds}
+    folder = result.save(output or Path("runs") / result.id)
+    _print_run(result, comparison, wait.seconds)
+    typer.echo(f"written to {folder}: manifest.json, steps.parquet, requests.parquet, lanes.parquet, links.parquet")
+    if export_plan:
+        typer.echo(f"written to {export_plan}: the movement plan")
+
+
+def _print_run(result: Result, comparison: Comparison | None, seconds: float) -> None:
+    from kvsim.report import VERDICTS, summary_rows, title
+
+    m, console = result.manifest, screen()
+    console.print(title(result), style="bold", highlight=False, soft_wrap=True)
+    for warning in m["warnings"]:
+        console.print(f"warning: {warning}", style="bold yellow", highlight=False, soft_wrap=True)
+    console.print(table([("", "left"), ("value", "right"), ("meaning", "left")], summary_rows(result)))
+    if comparison:
+        console.print(f"\n{comparison.metric} at the same budget", style="bold", highlight=False)
+        console.print(_beside(comparison))
+        console.print(f"verdict: {VERDICTS[comparison.verdict]}", highlight=False)
+    for note in m["notes"]:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(m["evidence"], style="dim", highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.1f} s of wall time, {m['events']} simulated events", style="dim", highlight=False)
+
+
+def _beside(comparison: Comparison) -> Any:
+    """The policy between its baselines, the oracles, the bound and the full cache."""
+    from kvsim.units import format_seconds
+
+    heads = [
+        ("", "left"),
+        (comparison.metric, "right"),
+        ("lost", "right"),
+        ("regret", "right"),
+        ("TPOT p99", "right"),
+        ("", "left"),
+    ]
+    lines = []
+    for line in comparison.lines:
+        known = line.tpot_p99_s == line.tpot_p99_s
+        regret = "" if line.kind == "full" else f"{comparison.bound - line.value:+.4f}"
+        time = format_seconds(line.tpot_p99_s) if known else ""
+        lines.append((line.name, f"{line.value:.4f}", f"{max(0.0, 1 - line.value):.4f}", regret, time, line.kind))
+    return table(heads, lines, bold="policy")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A run's TOML with a [sweep] table of axes.")],
+    jobs: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, also sweep.policy=[...].")] = None,
+    dry_run: Annotated[bool, typer.Option(help="List the points and stop.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw the figures that [plot] asks for.")] = True,
+    output: Out = None,
+) -> None:
+    """Run every point of a TOML's axes; points that are there already are not run again.
+
+    Example: kvsim sweep experiments/demo.toml --jobs 2 -o runs/demo
+    """
+    from kvsim.sweeps import read_sweep, run_sweep
+
+    plan = read_sweep(file, settings or [])
+    if dry_run:
+        for config in plan.points:
+            typer.echo(" ".join(f"{axis}={config.get(axis)}" for axis in plan.axes))
+        typer.echo(f"{len(plan.points)} points")
+        return
+    folder = output or Path("runs") / plan.name
+    with Wait(f"sweeping {plan.name}") as wait:
+        grid = run_sweep(plan, folder, jobs=jobs, progress=wait.update)
+    _print_grid(grid)
+    files = [folder / "grid.parquet"]
+    if plots:
+        from kvsim.figures import draw_plan
+
+        files += draw_plan(grid, plan, folder)
+    for path in files:
+        typer.echo(f"written {path}")
+    typer.echo(f"{len(grid)} points in {folder}, {wait.seconds:.1f} s of wall time")
+
+
+def _print_grid(grid: Any) -> None:
+    console = screen()
+    console.print(grid.table_title, style="bold", highlight=False)
+    console.print(table([(head, "left") for head in grid.table_head()], grid.table_lines()))
+    for line in grid.verdicts():
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plot(
+    folders: Annotated[list[Path], typer.Argument(help="Results of `kvsim run` or `kvsim sweep`.")],
+    kind: Annotated[str, typer.Option(help="line, timeline or lanes.")] = "line",
+    x: Annotated[str, typer.Option(help="Column on the x axis.")] = "budget",
+    y: Annotated[
+        str | None, typer.Option(help="Column on the y axis; recall, or page_hit_rate in the offload regime.")
+    ] = None,
+    hue: Annotated[str, typer.Option(help="Column that tells the lines apart.")] = "policy",
+    steps: Annotated[str | None, typer.Option(help="Timeline: decode steps, such as 100:140.")] = None,
+    output: Out = None,
+) -> None:
+    """Draw curves over a sweep, or the timeline or the lanes of one run, as PNG, SVG or PDF.
+
+    Example: kvsim plot runs/demo --y tpot_p99_s -o latency.svg
+    """
+    from kvsim.figures import draw
+    from kvsim.sweeps import Grid, open_results
+
+    grid = Grid([run for folder in folders for run in open_results(folder).runs], [])
+    name = f"{y or 'curve'}.png" if kind == "line" else f"{kind}.png"
+    path = draw(grid, output or folders[0] / name, kind=kind, x=x, y=y, hue=hue, steps=steps)
+    typer.echo(f"written {path}")
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="policies, offload or hardware")]) -> None:
+    """Show what comes with kvsim.
+
+    Example: kvsim list policies
+    """
+    rows = {"policies": _policies, "offload": _offloads, "hardware": _hardware}
+    if what not in rows:
+        raise ConfigError(f'cannot list "{what}"', hint=f"list one of {', '.join(rows)}")
+    head, lines = rows[what]()
+    screen().print(table([(name, "left") for name in head], lines))
+
+
+def _policies() -> tuple[list[str], list[list[str]]]:
+    from dataclasses import fields
+
+    from kvsim import registry
+
+    lines = []
+    for name in registry.names():
+        cls: Any = registry.find(name)
+        defaults = ", ".join(f"{f.name}={f.default}" for f in fields(cls) if not f.name.startswith("protect"))
+        kind = "oracle" if hasattr(cls, "foresee") else "read set" if hasattr(cls, "select") else "online"
+        lines.append(
+            [
+                name,
+                getattr(cls, "family", ""),
+                kind,
+                cls.granularity,
+                ", ".join(sorted(cls.needs)),
+                cls.evidence,
+                defaults,
+            ]
+        )
+    return ["policy", "family", "kind", "decides per", "needs", "evidence", "parameters"], lines
+
+
+def _offloads() -> tuple[list[str], list[list[str]]]:
+    from kvsim import registry
+
+    return ["offload", "what"], [
+        [n, (registry.find(n, "offload").__doc__ or "").split("\n")[0]] for n in registry.names("offload")
+    ]
+
+
+def _hardware() -> tuple[list[str], list[list[str]]]:
+    from kvsim.machine.hardware import Hardware, shipped
+    from kvsim.units import format_bandwidth, format_bytes
+
+    lines = []
+    for name in shipped():
+        h = Hardware.load(name)
+        kinds = [c.evidence for c in h.constants.values()]
+        shares = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
+        lines.append(
+            [
+                name,
+                format_bytes(h.gpu.memory),
+                format_bandwidth(h.gpu.kv_bandwidth),
+                format_bandwidth(h.h2d.bandwidth),
+                shares,
+            ]
+        )
+    return ["hardware", "GPU memory", "KV bandwidth", "host to GPU", "constants"], lines
+
+
+@app.command()
+def check(spec: Annotated[str, typer.Argument(help="A policy or a file.py, optionally with parameters.")]) -> None:
+    """Say in words which clause of the policy contract is broken, if any.
+
+    Example: kvsim check my_policy.py
+    """
+    from kvsim.testing import check_policy
+
+    problems = check_policy(spec)
+    for problem in problems:
+        typer.echo(f"broken: {problem}")
+    if problems:
+        raise typer.Exit(2)
+    typer.echo(f"{spec} keeps the contract")
