@@ -6,7 +6,7 @@ The future is in none of it. A policy that defines `foresee(trace)` is an oracle
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 
@@ -53,7 +53,8 @@ class View:
     ):
         self.page_size, self.seed, self.shape = page_size, seed, shape
         self.rng = np.random.default_rng(seed)
-        self.rates, self._ask, self._known = dict(rates or {}), facts, None
+        self.rates = dict(rates or {})
+        self._ask, self._known = facts, cast("Mapping[str, np.ndarray] | None", None)
         self.now, self.keys, self.tokens = 0, 0, 0
         self.prompt: Prompt | None = None
         self.budget = np.zeros((*shape, 1), np.int64)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvsim.cli.app import app
-from kvsim.cli.screen import Wait
+from kvsim.cli.app import Out, app, open_named
+from kvsim.cli.screen import Wait, screen
 from kvsim.errors import ConfigError
 
 
@@ -82,3 +82,75 @@ def capture(
             progress=lambda done, total, what: wait.update(done, total),
         )
     typer.echo(f"written {path} in {wait.seconds:.1f} s; look at it with: kvsim trace info {path}")
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The hardware file to write, NAME.toml.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    ssd: Annotated[Path | None, typer.Option(help="A folder on the SSD to measure; needs room for a test file.")] = None,
+    rows: Annotated[
+        list[Path] | None, typer.Option(help="Fit these measured rows (.jsonl) instead of measuring.")
+    ] = None,
+    split: Annotated[
+        Path | None, typer.Option(help="A TOML file that says which rows may be fitted; calibration rows otherwise.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="Hardware from which comes what is not measured.")] = "h100-pcie5",
+    quick: Annotated[bool, typer.Option(help="A few seconds on a tiny grid, to see that everything runs.")] = False,
+) -> None:
+    """Measure this machine, fit every constant, and write a hardware file that says how sure each of them is.
+
+    Example: kvsim calibrate --device cpu --ssd /tmp -o mine.toml
+    """
+    from kvsim.calibrate import calibrate as measure_and_fit
+    from kvsim.validate import read_split
+
+    chosen = read_split(split) if split else None
+    with Wait("measuring" if rows is None else "fitting") as wait:
+        path = measure_and_fit(
+            device, output, ssd, rows, base, chosen, quick, lambda done, total, what: wait.update(done, total, what)
+        )
+    typer.echo(f"written {path} in {wait.seconds:.0f} s; use it with: kvsim run demo --hardware {path}")
+
+
+@app.command()
+def validate(
+    trace: Annotated[
+        str | None, typer.Argument(metavar="[TRACE]", help="A captured .kvtrace: judge the steps of its own run.")
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="The hardware file that predicts, calibrated on the same device.")] = "",
+    rows: Annotated[list[Path] | None, typer.Option(help="Measured rows (.jsonl) to judge instead of a trace.")] = None,
+    split: Annotated[Path | None, typer.Option(help="With --rows: which of them are held out, and their groups.")] = None,
+    any_device: Annotated[bool, typer.Option(help="Go on where the hardware file is of another device.")] = False,
+    output: Out = None,
+) -> None:
+    """Compare predicted times with measured ones: a trace's own steps, or measured rows that no fit has seen.
+
+    Example: kvsim validate traces/reasoner.kvtrace --hardware experiments/cpu/hardware.toml
+
+    Example: kvsim validate --rows experiments/cpu/rows.jsonl --hardware experiments/cpu/hardware.toml --split
+    experiments/cpu/split.toml
+    """
+    from kvsim.machine.hardware import Hardware
+    from kvsim.validate import TwinValidation, Validation, read_split, report, validate_rows, validate_trace
+
+    if (trace is None) == (rows is None):
+        raise ConfigError("give either a trace or --rows", hint="a .kvtrace folder, or files of measured rows")
+    if not hardware:
+        raise ConfigError("no hardware was given", hint="--hardware NAME or FILE.toml; kvsim calibrate makes one")
+    if rows and split is None:
+        raise ConfigError("no split was given", hint="--split FILE.toml says which rows are held out")
+    known = Hardware.load(hardware)
+    found: Validation | TwinValidation
+    with Wait("predicting") as wait:
+        if trace is not None:
+            found = validate_trace(open_named(trace), known, any_device=any_device)
+            lines = report.of_twin(found)
+        else:
+            assert rows and split
+            found = validate_rows(rows, known, read_split(split), any_device=any_device, progress=wait.update)
+            lines = report.of_rows(found)
+    folder = found.save(output or Path("runs") / f"validate-{found.id}")
+    for line in lines:
+        screen().print(line, highlight=False, markup=False, soft_wrap=True)
+    typer.echo(f"written to {folder}")

@@ -39,11 +39,12 @@ class Wait:
 
     def then(self, what: str) -> Any:
         """Begin another part of the work; returns where its progress goes."""
+        self.what = what
         self.bar.update(self.task, description=what, completed=0, total=1)
         return self.update
 
-    def update(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=max(total, 1))
+    def update(self, done: int, total: int, what: str | None = None) -> None:
+        self.bar.update(self.task, completed=done, total=max(total, 1), description=what or self.what)
 
     def __exit__(self, *_: object) -> None:
         self.seconds = self.clock() - self.start
