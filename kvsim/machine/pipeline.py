@@ -62,6 +62,11 @@ class Machine:
         self.write.slows((self.read,), hardware.ssd.mixed)
 
     @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return self.env.now
+
+    @property
     def links(self) -> dict[str, Server]:
         """Per link and direction: bytes, transfers, copies, busy_s, waited_s, utilisation(now)."""
         return {server.name: server for server in (self.h2d, self.d2h, self.read, self.write)}
@@ -70,6 +75,9 @@ class Machine:
     def events(self) -> int:
         """SimPy events this machine has caused so far."""
         return self.clock.events
+
+    def finish(self) -> None:
+        """Nothing: SimPy has let all transfers end. The compiled clock has to be told."""
 
     def landed(self, layer: int) -> None:
         """A prefetch has arrived."""
