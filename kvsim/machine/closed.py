@@ -5,7 +5,8 @@ Used by the tests, and by anybody who wants a number without a simulation. Times
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 
 def prefetched_step(layers: int, compute: float, fetch: float) -> float:
@@ -63,6 +64,62 @@ def quantised_bytes(
 ) -> float:
     """Bytes of `tokens` vectors of `width` values at `bits`, with `group_bits` per group; `kept` more stay in FP16."""
     return tokens * width * (bits + group_bits / group) / 8.0 + kept * width * 2.0
+
+
+def stable_heads_share(unstable: float, kept: float, context: float, page: float = math.inf) -> float:
+    """Share of the KV cache on the GPU when a share of the heads keeps all of it and the others `kept` tokens.
+
+    `page`: tokens per page whose smallest and largest key stay on the GPU for every page. FlexiCache, arXiv 2511.00868.
+    """
+    return unstable + (1.0 - unstable) * min(1.0, kept / context) + 1.0 / page
+
+
+def kv_bytes(heads: float, tokens: float, head_dim: float, value_bytes: float) -> float:
+    """Keys and values of `tokens` in each of `heads` KV heads, all layers counted."""
+    return 2.0 * heads * tokens * head_dim * value_bytes
+
+
+def block_states(sequences: Iterable[Sequence[int]], block: int) -> list[list[int]]:
+    """Where each sequence of tokens leaves a recurrent state (tokens before it), one after every full block."""
+    return [list(range(block, len(tokens) + 1, block)) for tokens in sequences]
+
+
+def branch_states(sequences: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Where each sequence leaves a new recurrent state under Marconi's admission (arXiv 2411.19379): at most two.
+
+    One after its last token, and one where it leaves the sequences before it inside an edge of their radix tree, that
+    is where no state is yet. Nothing is evicted.
+    """
+    seen: list[tuple[int, ...]] = []
+    stored: set[tuple[int, ...]] = {()}
+    found = []
+    for tokens in map(tuple, sequences):
+        states = {tokens[: _shared(tokens, seen)], tokens} - stored
+        found.append(sorted(map(len, states)))
+        stored |= states
+        seen.append(tokens)
+    return found
+
+
+def prefix_cache_bytes(
+    sequences: Sequence[Sequence[int]], states: Sequence[Sequence[int]], token_bytes: float, state_bytes: float
+) -> float:
+    """Bytes of a prefix cache of `sequences`, shared prefixes once, with `states` per sequence as the two above say.
+
+    `token_bytes`: keys and values of a token; `state_bytes`: all recurrent layers, 0 for attention alone.
+    """
+    new = sum(len(tokens) - _shared(tokens, sequences[:i]) for i, tokens in enumerate(sequences))
+    return new * token_bytes + sum(map(len, states)) * state_bytes
+
+
+def _shared(tokens: Sequence[int], seen: Iterable[Sequence[int]]) -> int:
+    """Tokens of the longest prefix that any sequence of `seen` has too."""
+    return max((_common(tokens, other) for other in seen), default=0)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def split_seconds(nbytes: float, bandwidths: Sequence[float], shares: Sequence[float] | None = None) -> float:

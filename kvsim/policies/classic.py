@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvsim.cache.view import protected
 from kvsim.registry import policy
 
 
@@ -83,6 +84,73 @@ class Lfu:
 
     def score(self, view):
         return view["count"] + view.arrived / (view.now + 1)
+
+
+@policy("sieve")
+class Sieve:
+    """A FIFO queue with second chances in place: a hit sets a bit and moves nothing. Zhang et al., NSDI 2024; Sieve.c.
+
+    A hand goes from the oldest page to the newest and round again, clears the bits it finds and evicts the first page
+    without one; it rests at that page's newer neighbour, or at the oldest page if there is none. Survivors keep their
+    place, a page that was fetched comes back as the newest. So the k victims of a moment are the k lowest by (bit,
+    passed by the hand, arrival), and where the hand rests is read off the survivors a step later.
+
+    Departures: a step is one moment, in which hits set bits, then victims leave, then newcomers (by key) join; a
+    newcomer leaves at once only when nothing older is left. The prompt arrives as one moment, and its rows are no
+    hits. The hand passes protected pages, and a page still being filled, without evicting them. It cannot tell a page
+    that a sliding window left behind, and that was next to leave, from one it has evicted.
+    """
+
+    family = "classic"
+    evidence = "code"
+    columns = {"visited": np.bool_, "passed": np.bool_, "stop": np.int64, "rank": np.float32}
+
+    def observe(self, view):
+        visited, passed = view["visited"], view["passed"]
+        stayed = view.resident & (view.arrived < view.now)
+        self._move_hand(view, stayed)
+        visited &= stayed
+        passed &= stayed  # who has left starts anew
+        visited |= stayed & (view.last == view.now)
+        self._line_up(view, stayed)
+
+    def score(self, view):
+        return view["rank"]
+
+    def _move_hand(self, view, stayed):
+        """Take note of what was evicted since the last step: the last victim is `stop` of the first survivor."""
+        visited, passed, turn = view["visited"], view["passed"], _turn(view)
+        victim = np.where(stayed, view["stop"], _AWAY).min(-1, keepdims=True)
+        second_lap = victim >= _VISITED
+        swept = turn < victim - second_lap * _VISITED
+        visited &= ~(swept | second_lap)
+        old = stayed & (view.arrived < view.now - 1)  # without those that joined after the hand had moved
+        ahead = (old & ~passed & ~swept).any(-1, keepdims=True)
+        passed[:] = np.where(ahead, passed | swept, passed & swept)  # with none left ahead, it has gone round
+        passed &= (old & ~passed).any(-1, keepdims=True)  # no newer neighbour: back to the oldest
+
+    def _line_up(self, view, stayed):
+        """`rank`: the order in which pages would leave now. `stop`: turn and bit of the one that leaves just before."""
+        head, tail = protected(self, view.budget, view.page_size)
+        kept = (view.key < head) | (view.key >= view.keys - tail)
+        kept |= (view.key == view.newest) & (view.page_size > 1)
+        new, away = view.arrived == view.now, ~view.resident
+        line = _turn(view) + view["visited"] * _VISITED + new * _NEW + kept * _KEPT + away * _AWAY
+        order = np.argsort(line, axis=-1)
+        line = np.take_along_axis(line, order, -1)
+        before = np.full_like(line, -1)
+        before[..., 1:] = np.where(line[..., :-1] < _NEW, line[..., :-1], -1)
+        np.put_along_axis(view["stop"], order, np.maximum.accumulate(before, axis=-1), -1)
+        ranks = np.arange(line.shape[-1], dtype=np.float32)
+        np.put_along_axis(view["rank"], order, np.broadcast_to(ranks, line.shape), -1)
+
+
+# Where SIEVE's hand comes to a page, as one integer: arrival (step, then key), and above it what makes it come later.
+_PASSED, _VISITED, _NEW, _KEPT, _AWAY = (np.int64(1 << bit) for bit in range(56, 61))
+
+
+def _turn(view):
+    return (view.arrived.astype(np.int64) << 31) + view.key + view["passed"] * _PASSED
 
 
 @policy("streaming-llm")
