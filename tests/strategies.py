@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kvsim.cache.demand import Use
 from kvsim.testing import tiny_trace
 
-ONLINE = ("random", "fifo", "lru", "lfu", "streaming-llm(sink=1)", "h2o", "h2o(recent=2)", "tova")
+ONLINE = ("random", "fifo", "lru", "lfu", "sieve", "streaming-llm(sink=1)", "h2o", "h2o(recent=2)", "tova")
 ORACLES = ("belady", "mass-oracle")
 LAGGED = ("lazy-eviction(window=3, alpha=0.05)", "lazy-eviction(window=2, alpha=0.1, dtype='fp16', tie='oldest')")
 DEMANDS = (Use("weight", 0.1), Use("share", 1.0), Use("topk", 3), Use("all"))

@@ -18,7 +18,18 @@ from kvsim.trace.access import Geometry, dense_trace
 
 from .conftest import SIZES, random_source
 
-ONLINE = ["random", "fifo", "lru", "lfu", "streaming-llm(sink=2)", "h2o", "h2o-mask", "tova", "lazy-eviction(window=3)"]
+ONLINE = [
+    "random",
+    "fifo",
+    "lru",
+    "lfu",
+    "sieve",
+    "streaming-llm(sink=2)",
+    "h2o",
+    "h2o-mask",
+    "tova",
+    "lazy-eviction(window=3)",
+]
 
 
 @pytest.mark.parametrize("policy", ["full", *ONLINE, "belady", "mass-oracle"])
