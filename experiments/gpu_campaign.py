@@ -1,7 +1,8 @@
-"""Measure a GPU machine in short commands that can be cut off and taken up again.
+"""Measure a GPU machine, or a CPU in its place, in short commands that can be cut off and taken up again.
 
     python -m experiments.gpu_campaign --phase info,calibrate,resident --out DIR --deadline 560
     python -m experiments.gpu_campaign --list          # points and estimated seconds, measures nothing
+    python -m experiments.gpu_campaign --device cpu    # small shapes; device memory is a pool of RAM, the link memcpy
     python -m experiments.gpu_campaign --dry --out DIR # toy shapes on the CPU: proves that every branch runs
 
 A point is one JSON line in DIR/results.jsonl, written when it is measured. Points found under --resume are skipped, the
@@ -42,7 +43,10 @@ from kvsim.plan import HOST, SSD, loads, read_plan
 
 STARTED = time.perf_counter()  # importing torch counts towards the deadline
 HERE = Path(__file__).resolve().parent
-MODELS = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b")
+MODELS = {  # the first one's resident rows are fitted, the second also has the ablation
+    "cuda": ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b"),
+    "cpu": ("cpu-small", "cpu-wide", "cpu-deep"),
+}
 NOT_TRIED = "not measured"  # how the error of a point begins whose feature does not work
 DEVICE_LOST = 3  # exit code: start again with --resume, the point that broke the device comes last then
 
@@ -118,6 +122,19 @@ REAL = Sizes(
     sample=(4, "problems=5,steps=8"),
     smoke=Shape("smoke", 2, 512, 8, 2, 64, 1024, 1024),
 )  # fmt: skip
+CPU = replace(
+    REAL,
+    resident=((1, 4096), (1, 1024), (4, 1024), (1, 8192), (8, 512)),
+    decode=((1, 4096), (1, 1024), (4, 1024)),
+    prompts=(128, 512),
+    offload=((1, 4096), (4, 1024), (1, 8192)),
+    ablation=(1, 4096),
+    offloaded=(),  # it has streams on a GPU alone
+    ssd=(1, 4096),
+    ssd_shares=(100, 75, 50, 25, 0),
+    capture=(1024,),
+    trace=(128, 64),
+)
 DRY = Sizes(
     resident=((1, 64), (2, 32)),
     decode=((1, 48),),
@@ -155,7 +172,8 @@ class Campaign:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
-        self.sizes = DRY if args.dry else REAL
+        self.sizes = DRY if args.dry else {"cuda": REAL, "cpu": CPU}[args.device]
+        self.models = MODELS[args.device]
         self.shapes = {name: toy(SHAPES[name]) if args.dry else SHAPES[name] for name in args.models}
         self.disk = Path(args.disk)
         self.failed: dict[str, str] = {}  # feature -> error
@@ -167,8 +185,9 @@ class Campaign:
         if self.args.list:  # nothing will be measured or written
             self.out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.out.mkdir(parents=True, exist_ok=True)
-        self.device = stack.enter_context(open_device("cpu" if self.args.dry or self.args.list else "cuda"))
-        self.grid = probes.Grid.of("cpu" if self.args.dry else "cuda", quick=self.args.dry)
+        kind = self.args.device
+        self.device = stack.enter_context(open_device("cpu" if self.args.dry or self.args.list else kind))
+        self.grid = probes.Grid.of("cpu" if self.args.dry else kind, quick=self.args.dry)
         self.bench = Bench(self.device, self.grid.seconds, self.grid.rotate)
         if self.args.dry:
             self.bench.slug = "dry-" + self.bench.slug  # toy rows are never taken for measured ones
@@ -475,7 +494,7 @@ def resident(c: Campaign) -> Iterator[Point]:
     The 1B shape comes first: its rows are fitted, those of the others judge the fit.
     """
     for name, shape in c.shapes.items():
-        first = 0 if name == MODELS[0] else 1
+        first = 0 if name == c.models[0] else 1
         for size in c.sizes.resident:
             value, heavy = first if _tokens(size) <= 65536 else 5, c.executor(shape, size)
             for graph in ("layer", "step"):
@@ -514,7 +533,7 @@ def offload(c: Campaign) -> Iterator[Point]:
                 value = 2 * i + (share not in c.sizes.resident_shares)
                 yield _executor_point(c, "offload/executor", shape, size, share, value)
         yield from _plans(c, shape)
-        if name == MODELS[1]:
+        if name == c.models[1]:
             yield from _ablation(c, shape)
         for i, size in enumerate(c.sizes.offloaded):
             for waiting in (True, False) if i == 0 else (True,):
@@ -577,14 +596,14 @@ def _plans(c: Campaign, shape: Shape) -> Iterator[Point]:
 
 def ssd(c: Campaign) -> Iterator[Point]:
     """Pages from a file beside the GPU: what this machine's disk does, not what an NVMe device would."""
-    for shape in (c.shapes[name] for name in MODELS[:2] if name in c.shapes):
+    for shape in (c.shapes[name] for name in c.models[:2] if name in c.shapes):
         for share in c.sizes.ssd_shares:
             yield _executor_point(c, "ssd/executor", shape, c.sizes.ssd, share, 0, SSD)
 
 
 def capture_cost(c: Campaign) -> Iterator[Point]:
     """Decode steps plain, captured, and with eager attention's weights; the rows compared; one short trace."""
-    for value, shape in enumerate(c.shapes[name] for name in MODELS[:2] if name in c.shapes):
+    for value, shape in enumerate(c.shapes[name] for name in c.models[:2] if name in c.shapes):
         key = f"capture-cost/{shape.name}/comparison"
         yield Point(key, value, 6.0, partial(_comparison, c, shape), needs=("capture",))
         for context in c.sizes.capture:
@@ -701,7 +720,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ap.add_argument("--out", default="runs/gpu", help="folder for results.jsonl and the rest")
     ap.add_argument("--resume", nargs="*", default=[str(HERE / "gpu" / "results")], help="files or folders of rows")
     ap.add_argument("--deadline", type=float, default=560, help="seconds after which nothing is begun")
-    ap.add_argument("--models", default=",".join(MODELS), help=f"of {','.join(MODELS)}")
+    ap.add_argument("--device", default="cuda", choices=tuple(MODELS))
+    ap.add_argument("--models", help="; ".join(f"{kind}: {','.join(names)}" for kind, names in MODELS.items()))
     ap.add_argument("--plans", default=str(HERE / "gpu" / "plans"), help="folder of exported movement plans")
     ap.add_argument("--disk", default=".", help="folder on the disk to measure")
     ap.add_argument("--dry", action="store_true", help="toy shapes on the CPU")
@@ -709,7 +729,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = ap.parse_args(argv)
     args.from_start = argv is None
     args.phase = _known(args.phase, PHASES, "phase")
-    args.models = _known(args.models, MODELS, "model")
+    models = MODELS[args.device]
+    args.models = _known(args.models, models, "model") if args.models else list(models)
     return args
 
 

@@ -126,10 +126,9 @@ class Plan:
     def save(self, path: str | os.PathLike) -> Path:
         """Write the plan, whole or not at all. Raises ResultError when it cannot be written."""
         with PlanWriter(path, self.info) as writer:
-            step, rest = self.columns["step"], [self.columns[c] for c in tuple(COLUMNS)[1:]]
-            at, starts = np.unique(step, return_index=True)
-            for number, a, z in zip(at.tolist(), starts, np.append(starts[1:], len(step)), strict=True):
-                writer.add(number, *(column[a:z] for column in rest))
+            for number in np.unique(self.columns["step"]).tolist():
+                rows = self._rows(number, number + 1)
+                writer.add(number, *(self.columns[name][rows] for name in tuple(COLUMNS)[1:]))
         return Path(path)
 
 
