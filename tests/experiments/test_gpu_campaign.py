@@ -210,7 +210,20 @@ def test_it_runs_where_kvsims_other_packages_are_not(tmp_path):
         "from experiments.gpu_campaign import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    args = ["--dry", "--phase", "info,offload", "--models", ONE, "--out", "out", "--disk", ".", "--resume"]
+    args = [
+        "--dry",
+        "--phase",
+        "info,offload",
+        "--models",
+        ONE,
+        "--out",
+        "out",
+        "--disk",
+        ".",
+        "--plans",
+        "none",
+        "--resume",
+    ]
     root = campaign.HERE.parent
     env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
