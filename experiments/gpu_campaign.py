@@ -374,7 +374,8 @@ def knee(shape: Shape, size: Size, h200: bool) -> float:
 def info(c: Campaign) -> Iterator[Point]:
     """A smoke test of each feature; one that fails takes the points that need it out of this run."""
     run = sum(row["phase"] == "info" and row["kind"] == "info" for row in c.log.rows)
-    for name, test in FEATURES.items():
+    unused = () if c.sizes.offloaded else ("hf-offloaded",)
+    for name, test in ((name, test) for name, test in FEATURES.items() if name not in unused):
         yield Point(f"info/{run}/{name}", 0, 5.0, partial(_tested, c, name, test))
 
 

@@ -23,9 +23,13 @@ from kvsim.cache.outcome import Outcome
 from kvsim.cache.tiers import Capacity
 from kvsim.config import RunConfig
 from kvsim.errors import ConfigError, PolicyError, TraceError
+from kvsim.machine.compute import gemm_seconds
 from kvsim.machine import SHAPES, Hardware, ModelShape, shape_from_config, shape_from_geometry
 from kvsim.trace.access import Access, Request, Trace
 from kvsim.units import parse_budget, parse_bytes
+
+
+CHUNK = 2048  # tokens, at which the rate of recomputation is stated
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ class Setting:
     def rates(self) -> dict[str, float]:
         """What a policy may know of the machine: bytes/s from each tier, tokens/s of recomputation."""
         hardware, shape = self.hardware, self.shape
-        recompute = hardware.gpu.gemm_flops / (2 * sum(shape.gemms) * shape.layers)
+        layer = sum(gemm_seconds(hardware.gpu, g, CHUNK, shape.value_bytes) for g in shape.gemms)
+        recompute = CHUNK / (shape.layers * layer)
         return {"host": hardware.h2d.bandwidth, "ssd": hardware.ssd.read_bandwidth, "recompute": recompute}
 
     @property

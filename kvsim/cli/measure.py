@@ -87,8 +87,10 @@ def capture(
 @app.command()
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The hardware file to write, NAME.toml.")],
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    ssd: Annotated[Path | None, typer.Option(help="A folder on the SSD to measure; needs room for a test file.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    ssd: Annotated[
+        Path | None, typer.Option(help="A folder on the SSD to measure; needs room for a test file.")
+    ] = None,
     rows: Annotated[
         list[Path] | None, typer.Option(help="Fit these measured rows (.jsonl) instead of measuring.")
     ] = None,
@@ -103,6 +105,8 @@ def calibrate(
     Example: kvsim calibrate --device cpu --ssd /tmp -o mine.toml
     """
     from kvsim.calibrate import calibrate as measure_and_fit
+    from kvsim.calibrate import notes
+    from kvsim.machine.hardware import Hardware
     from kvsim.validate import read_split
 
     chosen = read_split(split) if split else None
@@ -111,6 +115,8 @@ def calibrate(
             device, output, ssd, rows, base, chosen, quick, lambda done, total, what: wait.update(done, total, what)
         )
     typer.echo(f"written {path} in {wait.seconds:.0f} s; use it with: kvsim run demo --hardware {path}")
+    for note in notes(Hardware.load(path)):
+        typer.echo(f"note: {note}")
 
 
 @app.command()
@@ -120,7 +126,9 @@ def validate(
     ] = None,
     hardware: Annotated[str, typer.Option(help="The hardware file that predicts, calibrated on the same device.")] = "",
     rows: Annotated[list[Path] | None, typer.Option(help="Measured rows (.jsonl) to judge instead of a trace.")] = None,
-    split: Annotated[Path | None, typer.Option(help="With --rows: which of them are held out, and their groups.")] = None,
+    split: Annotated[
+        Path | None, typer.Option(help="With --rows: which of them are held out, and their groups.")
+    ] = None,
     any_device: Annotated[bool, typer.Option(help="Go on where the hardware file is of another device.")] = False,
     output: Out = None,
 ) -> None:

@@ -1,13 +1,15 @@
 """How long the GPU computes: GEMMs, attention, small kernels and the head, from a model's shape.
 
-The forms are linear in what is counted (weight bytes, FLOP, KV bytes, sequences), so that few measurements
-fix the constants and shapes that were never measured can be predicted.
+Each operator takes what it reads over a bandwidth, or what it multiplies over a rate, and what the kernels lose beside:
+blocks of work that do not fill the last round of multiprocessors, tiles that are not full, a stream that has to start.
+Every such loss is a constant that 0 turns off. The forms take arrays, so that `fit` uses the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,18 @@ import numpy as np
 from kvsim.errors import ConfigError
 from kvsim.machine.hardware import Gpu
 from kvsim.trace.access import Geometry
+
+
+class Matrix(int):
+    """The number of parameters of a weight matrix that knows its sides: `rows x inp` times `inp x out`."""
+
+    out: int
+    inp: int
+
+    def __new__(cls, out: int, inp: int) -> Matrix:
+        made = super().__new__(cls, out * inp)
+        made.out, made.inp = out, inp
+        return made
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,13 @@ class ModelShape:
     gated: bool = True  # an MLP with a gate has three matrices, one without has two
 
     @property
-    def gemms(self) -> tuple[int, int, int, int]:
-        """Parameters of the four GEMMs of a layer: query-key-value, output, up (with gate), down."""
+    def gemms(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+        """The four GEMMs of a layer: query-key-value, output, up (with gate), down."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         up = self.intermediate * (2 if self.gated else 1)
-        return self.hidden * (q + 2 * kv), q * self.hidden, self.hidden * up, self.intermediate * self.hidden
+        sides = (q + 2 * kv, self.hidden), (self.hidden, q), (up, self.hidden), (self.hidden, self.intermediate)
+        first, second, third, fourth = (Matrix(*side) for side in sides)
+        return first, second, third, fourth
 
     @property
     def layer_bytes(self) -> float:
@@ -73,26 +89,98 @@ SHAPES = {
 }
 
 
+TILES = np.array([(64, 64), (128, 128), (128, 256)], float)  # rows x columns of an output block, as libraries ship them
+_HIGH, _WIDE = TILES.T
+_EDGES = (1.0 / TILES).sum(1) - (1.0 / TILES[-1]).sum()
+WRITTEN = 1024.0  # elements of a token's keys in one layer, at which `prefill_token` is stated
+
+
 def gemm_seconds(gpu: Gpu, parameters: float, rows: float, value_bytes: float = 2.0) -> float:
-    """One GEMM: its weights read once or its FLOP, whichever is longer, and the kernel's fixed part."""
-    reading = parameters * value_bytes / gpu.weight_bandwidth
-    return max(reading, 2.0 * rows * parameters / gpu.gemm_flops) + gpu.kernel_time
+    """One GEMM of `rows` rows with a `Matrix`; a plain number of parameters is taken for a square matrix."""
+    if isinstance(parameters, Matrix):
+        return _gemm_seconds(gpu, parameters.out, parameters.inp, rows, value_bytes)
+    return _gemm_seconds(gpu, parameters**0.5, parameters**0.5, rows, value_bytes)
 
 
-def decode_attention_seconds(gpu: Gpu, sequences: float, kv_bytes: Any) -> Any:
-    """Attention of one query per sequence; `kv_bytes` (number or array) is read once from the GPU's memory."""
-    return gpu.attention_fixed + gpu.attention_per_sequence * sequences + kv_bytes / gpu.kv_bandwidth
+@lru_cache(maxsize=1 << 14)
+def _gemm_seconds(gpu: Gpu, out: float, inp: float, rows: float, value_bytes: float) -> float:
+    return float(gemm_times(gpu, out, inp, rows, value_bytes))
+
+
+def gemm_times(gpu: Gpu, out: Any, inp: Any, rows: Any, value_bytes: Any = 2.0) -> Any:
+    """Seconds of GEMMs, arrays or numbers: weights read once or FLOP, smoothly the longer, and the kernel's fixed part.
+
+    The output is cut into tiles, which the multiprocessors take in rounds; of the tiles on offer the fastest is used.
+    `gemm_wave` is the share of the loss in unfilled tiles and rounds that shows, `gemm_depth` the cost of starting and
+    ending a tile in columns of `inp`, `gemm_edge` what a tile below 128 x 256 loses in loading its sides more often.
+    """
+    out, inp, rows = (np.asarray(a, float)[..., None] for a in (out, inp, rows))
+    full = rows * out / (_HIGH * _WIDE * gpu.sms)
+    rounds = np.ceil(np.ceil(rows / _HIGH) * np.ceil(out / _WIDE) / gpu.sms)
+    tile = 2.0 * _HIGH * _WIDE * (inp + gpu.gemm_depth) * (1.0 + gpu.gemm_edge * _EDGES)
+    computing = ((full + gpu.gemm_wave * (rounds - full)) * tile).min(-1) * (gpu.sms / gpu.gemm_flops)
+    reading = (out * inp)[..., 0] * value_bytes / gpu.weight_bandwidth
+    return _longer(reading, computing, gpu.gemm_knee) + gpu.kernel_time
+
+
+def _longer(a: Any, b: Any, knee: float) -> Any:
+    """The longer of two overlapping times; where they are alike, up to 2**knee times that."""
+    most = np.maximum(a, b)
+    if not knee:
+        return most
+    ratio = np.divide(np.minimum(a, b), most, out=np.zeros_like(most), where=most > 0)
+    return most * (1.0 + ratio ** (1.0 / knee)) ** knee
+
+
+def decode_attention_seconds(gpu: Gpu, sequences: Any, kv_bytes: Any, kv_heads: Any = 1, key_bytes: Any = 512.0) -> Any:
+    """Attention of one query per sequence; `kv_bytes` (number or array) is read once from the GPU's memory.
+
+    `kv_heads` of each sequence are a block of work each. Blocks beyond one round of multiprocessors come in further
+    rounds, each with a fixed part, and each block reads at least `attention_tile_keys` keys of `key_bytes` (key and
+    value of one head). The stream reaches its rate late: it loses up to `kv_ramp`.
+    """
+    blocks = np.maximum(sequences * kv_heads, 1)
+    further = np.maximum(np.ceil(blocks / gpu.sms) - 1.0, 0.0)
+    unfilled = np.maximum(gpu.attention_tile_keys * key_bytes - kv_bytes / blocks, 0.0) if further.any() else 0.0
+    reading = (kv_bytes + further * gpu.sms * unfilled) / gpu.kv_bandwidth
+    if gpu.kv_ramp:
+        reading = reading + gpu.kv_ramp * reading / (reading + gpu.kv_ramp)
+    fixed = gpu.attention_fixed + gpu.attention_batch * (np.asarray(sequences) > 1)
+    return fixed + gpu.attention_per_sequence * sequences + gpu.attention_wave * further + reading
 
 
 def prefill_attention_seconds(gpu: Gpu, shape: ModelShape, queries: float, sequences: float, context: Any) -> Any:
-    """Causal attention of `sequences` prompts of `queries` new tokens each, at the end of `context` tokens.
+    """Causal attention of `sequences` prompts of `queries` new tokens each, at the end of `context` tokens."""
+    return prefill_times(gpu, shape.heads, shape.kv_heads, shape.head_dim, sequences, queries, context)
 
-    Each row also costs a fixed number of keys (its blocks on the diagonal, its epilogue), which is why short prompts
-    reach a fraction of the rate of long ones.
+
+def prefill_times(
+    gpu: Gpu, heads: Any, kv_heads: Any, head_dim: Any, sequences: Any, queries: Any, context: Any
+) -> Any:
+    """Seconds of causal attention, arrays or numbers: `queries` new tokens of each sequence see up to `context` keys.
+
+    Tiles of `prefill_tile_rows` rows, packed from the query heads that share keys, walk these keys, one tile on each
+    multiprocessor. Every row also costs a fixed number of keys, and every score what its softmax takes, in head
+    dimensions. The last round of tiles need not be full, the tiles that see most keys may come late (`prefill_tail`),
+    and none ends before its own keys are done, unless the kernel gives them to idle multiprocessors too
+    (`prefill_split`).
     """
-    keys = np.maximum(context, queries) - queries / 2.0 + gpu.attention_row_keys
-    flop = 4.0 * shape.heads * shape.head_dim * sequences * queries * keys
-    return gpu.attention_fixed + gpu.attention_per_sequence * sequences + flop / gpu.attention_flops
+    context, tile = np.maximum(context, queries), gpu.prefill_tile_rows
+    key = 4.0 * (head_dim + gpu.prefill_score_dims) / gpu.attention_flops  # seconds of a row's key, on the whole GPU
+    mean = context - queries / 2.0 + gpu.attention_row_keys
+    written = sequences * queries * (kv_heads * head_dim / WRITTEN) ** (2.0 / 3.0)
+    fixed = gpu.prefill_fixed + gpu.prefill_token * written
+    if not tile:
+        return fixed + heads * sequences * queries * mean * key
+    one = tile * gpu.sms * key  # of a tile's key
+    rounds = kv_heads * sequences * np.ceil(heads / kv_heads * queries / tile) / gpu.sms
+    most = context + gpu.attention_row_keys
+    least = np.minimum(most - queries + np.minimum(tile, queries), mean)
+    total = rounds * mean
+    unfilled = np.where(rounds > 1, np.ceil(rounds) - rounds, 0.0) * least
+    late = gpu.prefill_tail * np.clip(rounds - 1.0, 0.0, 1.0) * (most - least)
+    alone = most * np.minimum(total / most, 1.0) ** gpu.prefill_split
+    return fixed + np.maximum(total + unfilled + late, alone) * one
 
 
 def layer_seconds(
@@ -111,7 +199,9 @@ def layer_seconds(
     """
     linear = sum(gemm_seconds(gpu, g, queries, shape.value_bytes) for g in shape.gemms)
     small = gpu.small_kernels * gpu.kernel_time + queries * shape.token_traffic / gpu.weight_bandwidth
-    attention = decode_attention_seconds(gpu, sequences, kv_multiplier * np.asarray(kv_read, float))
+    key_bytes = 2.0 * shape.head_dim * shape.kv_bytes
+    moved = kv_multiplier * np.asarray(kv_read, float)
+    attention = decode_attention_seconds(gpu, sequences, moved, shape.kv_heads, key_bytes)
     if prefill and sequences:
         context = np.asarray(kv_read, float) / (shape.kv_token_bytes * sequences)
         pairs = prefill_attention_seconds(gpu, shape, queries / sequences, sequences, context)
@@ -123,7 +213,7 @@ def head_seconds(gpu: Gpu, shape: ModelShape, sequences: int) -> float:
     """Once per step: the vocabulary's GEMM for the last token of each sequence, sampling, and the host's answer."""
     if not shape.vocab:
         return gpu.step_sync
-    return gemm_seconds(gpu, shape.hidden * shape.vocab, sequences, shape.value_bytes) + gpu.step_sync
+    return gemm_seconds(gpu, Matrix(shape.vocab, shape.hidden), sequences, shape.value_bytes) + gpu.step_sync
 
 
 def shape_from_geometry(geometry: Geometry) -> ModelShape:

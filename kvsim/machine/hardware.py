@@ -1,14 +1,18 @@
 """A machine in constants: one TOML file per machine, each constant with its unit and where it comes from.
 
 Every constant is `{value = "2.4TB/s", evidence = "fitted", source = "..."}`. Nothing has a hidden default:
-a file lists all constants, so what a result rests on can be read in one place.
+a file lists all constants, so what a result rests on can be read in one place. What `kvsim calibrate` writes also says
+how sure each constant is, what the fit rests on, and the range in which its operators were measured.
 """
 
 from __future__ import annotations
 
+import datetime
+import fnmatch
 import json
+import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +34,31 @@ class Gpu:
     """Sustained rates and fixed times of the GPU. Rates are what kernels reach, not the datasheet's peak."""
 
     memory: float = _of("bytes")
+    sms: float = _of("count")  # multiprocessors, which take blocks of work in rounds
     weight_bandwidth: float = _of("bandwidth")  # weights streamed by a GEMM of few rows
     kv_bandwidth: float = _of("bandwidth")  # keys and values streamed by decode attention
+    kv_ramp: float = _of("seconds")  # what that stream loses, at most, until it has its rate
     gemm_flops: float = _of("flops")
-    attention_flops: float = _of("flops")  # prefill attention of long prompts
-    attention_row_keys: float = _of("count")  # cost of a prefill row beside its keys, in keys
+    gemm_knee: float = _of("excess")  # where reading and computing take equally long, a GEMM takes 2**knee times that
+    gemm_depth: float = _of("count")  # starting and ending a tile of the output, in columns of its input
+    gemm_edge: float = _of("excess")  # an m x n tile takes 1 + edge * (1/m + 1/n - 3/256) times its FLOP
+    gemm_wave: float = _of("excess")  # share that shows of the loss in tiles and rounds that are not full
+    eager_kv_passes: float = _of("excess")  # times a framework moves the bytes of a cache that it grows by copying
     kernel_time: float = _of("seconds")  # fixed part of every GEMM and small kernel
     small_kernels: float = _of("count")  # norms, rotation, activation: kernels per layer beside GEMMs and attention
-    attention_fixed: float = _of("seconds")
+    attention_fixed: float = _of("seconds")  # decode
+    attention_batch: float = _of("seconds")  # decode: the same, more where there is more than one sequence
     attention_per_sequence: float = _of("seconds")
+    attention_wave: float = _of("seconds")  # decode: each round of (sequence, KV head) after the first
+    attention_tile_keys: float = _of("count")  # decode: keys that each block of such a round reads at least
+    attention_flops: float = _of("flops")  # prefill attention of long prompts, softmax apart
+    attention_row_keys: float = _of("count")  # cost of a prefill row beside its keys, in keys
+    prefill_fixed: float = _of("seconds")
+    prefill_tile_rows: float = _of("count")  # query rows that one multiprocessor takes through their keys; 0: any
+    prefill_score_dims: float = _of("count")  # softmax of a score, in head dimensions
+    prefill_tail: float = _of("excess")  # tiles that see most keys come late: share of the longest less the shortest
+    prefill_split: float = _of("excess")  # 0: a tile's keys stay on one multiprocessor; 1: idle ones share them all
+    prefill_token: float = _of("seconds")  # writing a new token's keys and values, at 1,024 elements of each
     layer_gap: float = _of("seconds")  # between the kernels of two layers that are launched apart
     step_sync: float = _of("seconds")  # sampling and handing the token to the host
     copy_slowdown: float = _of("excess")  # compute takes (1 + this) times as long while a copy runs
@@ -49,7 +69,8 @@ class Gpu:
 class Cpu:
     """The thread that submits kernels and copies."""
 
-    layer_submit: float = _of("seconds")
+    layer_submit: float = _of("seconds")  # one graph per layer
+    eager_submit: float = _of("seconds")  # kernel by kernel from an eager framework
 
 
 @dataclass(frozen=True)
@@ -95,23 +116,69 @@ TABLES: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link.h2d": Link, "link.d2h":
 KINDS = {f"{table}.{f.name}": f.metadata["kind"] for table, kind in TABLES.items() for f in fields(kind)}
 
 
+# What the operators that are fitted count, and thus what has a measured range.
+RANGES = {
+    "gemm": ("parameters", "rows"),
+    "attention": ("sequences", "kv_bytes"),
+    "prefill": ("sequences", "queries"),
+    "copy": ("bytes", "copies"),
+    "ssd": ("block", "depth"),
+}
+
+
 @dataclass(frozen=True)
 class Constant:
-    """One constant: `value` as written (with its unit), what kind of evidence stands behind it, and the source."""
+    """One constant: `value` as written (with its unit), what kind of evidence stands behind it, and the source.
+
+    A calibrated one may have a band `low` ... `high` (90 %, same unit), a `method`, a `date` (2026-11-21) and a
+    `residual`: the mean relative error of the rows it was fitted to.
+    """
 
     value: str | float | bool
     evidence: str
     source: str
+    low: str | float | None = None
+    high: str | float | None = None
+    method: str | None = None
+    date: str | None = None
+    residual: float | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a calibrated file was fitted to.
+
+    `device`: slug; `rows`: (file, SHA-256); `keys`: hash of the fitted rows' keys; `patterns`: globs that match them
+    and nothing held out; `split`: fingerprint of the split file; `drift`: per phase, how far its sentinels lay apart.
+    """
+
+    device: str
+    rows: tuple[tuple[str, str], ...]
+    keys: str
+    patterns: tuple[str, ...]
+    kvsim: str
+    date: str
+    split: str | None = None
+    drift: Mapping[str, float] = field(default_factory=dict)
+
+    def covers(self, key: str) -> bool:
+        """May a row of this key be among those fitted?"""
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """All constants of one machine; `constants` maps dotted keys ("link.h2d.bandwidth") to `Constant`."""
+    """All constants of one machine; `constants` maps dotted keys ("link.h2d.bandwidth") to `Constant`.
+
+    `fit` and `ranges` (operator -> what it counts -> least and most measured) are those of a calibrated file.
+    """
 
     name: str
     description: str
     constants: Mapping[str, Constant]
     where: str | None = None
+    fit: Fit | None = None
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     gpu: Gpu = field(init=False)
     cpu: Cpu = field(init=False)
     h2d: Link = field(init=False)
@@ -125,16 +192,46 @@ class Hardware:
                 raise ConfigError(f'unknown hardware constant "{key}"', where=self.where, hint=_listing(key))
         if missing := [key for key in KINDS if key not in self.constants]:
             raise ConfigError(f'hardware constant "{missing[0]}" is missing', where=self.where, hint=_form(missing[0]))
+        for key, constant in self.constants.items():
+            self._check_band(key, constant)
         for table, kind in TABLES.items():
             values = {f.name: self._value(f"{table}.{f.name}") for f in fields(kind)}
             object.__setattr__(self, table.rpartition(".")[2], kind(**values))
 
-    def _value(self, key: str) -> float | str | bool:
-        value = self.constants[key].value
+    def _value(self, key: str, part: str = "value") -> float | str | bool:
+        value = getattr(self.constants[key], part)
         try:
             return _READ[KINDS[key]](value)
         except ConfigError as bad:
-            raise ConfigError(f"{key}: {bad.what}", where=self.where, hint=bad.hint) from None
+            what = f"{key}: {bad.what}" if part == "value" else f'{key}: "{part}": {bad.what}'
+            raise ConfigError(what, where=self.where, hint=bad.hint) from None
+
+    def _check_band(self, key: str, c: Constant) -> None:
+        """Raise ConfigError unless the band, if there is one, is one and holds the value."""
+        if c.low is None and c.high is None:
+            return
+        hint = "write low, value and high in ascending order, in the same unit"
+        if c.low is None or c.high is None or KINDS[key] in ("choice", "flag"):
+            raise ConfigError(f"{key}: half a band, or one around what is no number", where=self.where, hint=hint)
+        low, value, high = (float(self._value(key, part)) for part in ("low", "value", "high"))
+        if low > high:
+            raise ConfigError(f'{key}: "low" is {c.low}, above "high" {c.high}', where=self.where, hint=hint)
+        if not low <= value <= high:
+            what = f"{key}: {c.value} lies outside of its band, {c.low} to {c.high}"
+            raise ConfigError(what, where=self.where, hint=hint)
+
+    def outside(self, operator: str, **counts: float) -> list[str]:
+        """A sentence for each count that lies outside the range in which `operator` was measured.
+
+        Empty where all lie inside, and for a file without ranges. Operators and what they count: `RANGES`.
+        """
+        assert set(counts) <= set(RANGES[operator]), counts
+        found = []
+        for name, value in counts.items():
+            least, most = self.ranges.get(operator, {}).get(name, (-math.inf, math.inf))
+            if not least <= value <= most:
+                found.append(f"{operator}: {name} {value:g} lies outside of the measured {least:g} to {most:g}")
+        return found
 
     @classmethod
     def load(cls, name: str | Path) -> Hardware:
@@ -160,7 +257,8 @@ class Hardware:
             head[key] = table.pop(key, None)
             if not isinstance(head[key], str) or not head[key]:
                 raise ConfigError(f'"{key}" is missing or not text', where=where, hint=f'write {key} = "..."')
-        return cls(head["name"], head["description"], dict(_constants(table, where)), where)
+        fit, ranges = _fit(table.pop("fit", None), where), _ranges(table.pop("range", {}), where)
+        return cls(head["name"], head["description"], dict(_constants(table, where)), where, fit, ranges)
 
     def with_overrides(self, overrides: Mapping[str, str | float | bool]) -> Hardware:
         """The same machine with constants replaced by dotted key; plain numbers are bytes, seconds and their ratios."""
@@ -181,10 +279,13 @@ class Hardware:
         lines = [f"name = {_quote(self.name)}", f"description = {_quote(self.description)}"]
         for table, kind in TABLES.items():
             lines += ["", f"[{table}]"]
-            for f in fields(kind):
-                c = self.constants[f"{table}.{f.name}"]
-                entry = ", ".join(f"{part} = {_quote(getattr(c, part))}" for part in ("value", "evidence", "source"))
-                lines.append(f"{f.name} = {{{entry}}}")
+            lines += [f"{f.name} = {_inline(vars(self.constants[f'{table}.{f.name}']))}" for f in fields(kind)]
+        for operator, counts in self.ranges.items():
+            lines += ["", f"[range.{operator}]", *(f"{name} = {_toml(list(span))}" for name, span in counts.items())]
+        if self.fit:
+            rows = [{"file": file, "sha256": digest} for file, digest in self.fit.rows]
+            entries = vars(self.fit) | {"rows": rows, "patterns": list(self.fit.patterns)}
+            lines += ["", "[fit]", *(f"{name} = {_toml(v)}" for name, v in entries.items() if v not in (None, {}))]
         return "\n".join(lines) + "\n"
 
 
@@ -193,7 +294,7 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def _constants(table: Mapping[str, Any], where: str | None, prefix: str = ""):
+def _constants(table: Mapping[str, Any], where: str | None, prefix: str = "") -> Iterator[tuple[str, Constant]]:
     """(dotted key, Constant) for every leaf of the document; a leaf is a table that has a value."""
     for name, entry in table.items():
         key = prefix + name
@@ -204,16 +305,58 @@ def _constants(table: Mapping[str, Any], where: str | None, prefix: str = ""):
                 raise ConfigError(f'unknown table or constant "{key}"', where=where, hint=_listing(key))
             yield from _constants(entry, where, key + ".")
             continue
-        if odd := set(entry) ^ {"value", "evidence", "source"}:
-            problem = "is missing" if odd - set(entry) else "is not understood"
-            raise ConfigError(f'{key}: "{sorted(odd)[0]}" {problem}', where=where, hint=_form(key))
+        if missing := _CORE - set(entry):
+            raise ConfigError(f'{key}: "{sorted(missing)[0]}" is missing', where=where, hint=_form(key))
+        if odd := set(entry) - _CORE - set(_MORE):
+            raise ConfigError(f'{key}: "{sorted(odd)[0]}" is not understood', where=where, hint=_form(key))
         if entry["evidence"] not in EVIDENCE:
             raise ConfigError(
                 f'{key}: evidence "{entry["evidence"]}"', where=where, hint=f"use one of {', '.join(EVIDENCE)}"
             )
         if not isinstance(entry["source"], str) or not entry["source"]:
             raise ConfigError(f"{key}: the source is empty", where=where, hint=_form(key))
-        yield key, Constant(entry["value"], entry["evidence"], entry["source"])
+        for part, (holds, right) in _MORE.items():
+            if part in entry and not holds(entry[part]):
+                raise ConfigError(f"{key}: {part} = {entry[part]!r} will not do", where=where, hint=f"write {right}")
+        yield key, Constant(**entry)
+
+
+def _fit(table: Any, where: str | None) -> Fit | None:
+    """The [fit] table of a calibrated file."""
+    if table is None:
+        return None
+    hint = "calibrate again, or delete the table: then nothing is known of the rows behind the constants"
+    known = {f.name for f in fields(Fit)}
+    if not isinstance(table, dict) or (odd := sorted(set(table) - known)):
+        raise ConfigError(
+            f'[fit]: "{odd[0]}" is not understood' if odd else "[fit] is no table", where=where, hint=hint
+        )
+    try:
+        rows = tuple((str(row["file"]), str(row["sha256"])) for row in table["rows"])
+        drift = {str(phase): float(apart) for phase, apart in table.get("drift", {}).items()}
+        text: dict[str, Any] = {name: table.get(name) for name in ("device", "keys", "kvsim", "date", "split")}
+        if not all(isinstance(t, str) and t for name, t in text.items() if name != "split" or t is not None):
+            raise TypeError
+        return Fit(**text, rows=rows, patterns=tuple(map(str, table["patterns"])), drift=drift)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ConfigError("[fit] is not what kvsim calibrate writes", where=where, hint=hint) from None
+
+
+def _ranges(table: Any, where: str | None) -> dict[str, dict[str, tuple[float, float]]]:
+    """The [range] tables of a calibrated file: {operator: {what it counts: (least, most)}}."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for operator, counts in table.items() if isinstance(table, dict) else [("", {})]:
+        known = RANGES.get(operator, ())
+        if not isinstance(counts, dict) or not known or (odd := sorted(set(counts) - set(known))):
+            name = f"range.{operator}" + (f".{odd[0]}" if known and isinstance(counts, dict) else "")
+            raise ConfigError(f'unknown "{name}"', where=where, hint=f"ranges are of {', '.join(known or RANGES)}")
+        found[operator] = {}
+        for name, span in counts.items():
+            numbers = isinstance(span, list) and len(span) == 2 and all(map(_is_number, span))
+            if not numbers or not 0 <= span[0] <= span[1]:
+                raise ConfigError(f"range.{operator}.{name} is {span!r}", where=where, hint="write [least, most]")
+            found[operator][name] = (span[0], span[1])
+    return found
 
 
 def _form(key: str) -> str:
@@ -227,6 +370,44 @@ def _listing(key: str) -> str:
 def _quote(value: str | float | bool) -> str:
     return json.dumps(value, ensure_ascii=False)
 
+
+def _toml(value: Any) -> str:
+    """A TOML value of numbers, text, lists and flat tables."""
+    if isinstance(value, Mapping):
+        return _inline(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return _quote(value)
+
+
+def _inline(table: Mapping[str, Any]) -> str:
+    """An inline table without what is None."""
+    return "{" + ", ".join(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None) + "}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(value))
+    except (TypeError, ValueError):
+        return False
+
+
+_CORE = {"value", "evidence", "source"}
+_MORE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "low": (lambda v: _is_text(v) or _is_number(v), "a value with its unit"),
+    "high": (lambda v: _is_text(v) or _is_number(v), "a value with its unit"),
+    "method": (_is_text, "what was done, as text"),
+    "date": (_is_date, 'a day, as "2026-11-21"'),
+    "residual": (lambda v: _is_number(v) and v >= 0, "a share, 0 or more"),
+}
 
 _UNITS = {"bytes": "B", "bandwidth": "B/s", "seconds": "s", "flops": "FLOP/s"}
 

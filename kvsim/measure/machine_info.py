@@ -61,6 +61,14 @@ def device_memory(device: str) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
+def multiprocessors(device: str) -> int:
+    """Units that take blocks of work in rounds; one for a CPU, where one thread computes."""
+    if device == "cpu":
+        return 1
+    torch = require("torch")
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def info(device: Device, disk: str | Path | None = None) -> dict[str, Any]:
     """Parameters of an info row: device, driver, versions, commit, processor, memory, disk, clocks, date.
 
@@ -70,6 +78,7 @@ def info(device: Device, disk: str | Path | None = None) -> dict[str, Any]:
     return {
         "device": device.name,
         "device_memory": device_memory(device.kind),
+        "sms": multiprocessors(device.kind),
         "driver": _nvidia("driver_version") if cuda else None,
         "clocks": _nvidia("clocks.max.sm,clocks.max.mem,power.limit,pcie.link.gen.max,pcie.link.width.max")
         if cuda

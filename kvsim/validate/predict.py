@@ -16,7 +16,6 @@ from kvsim.measure.executor import READERS
 from kvsim.validate.cases import Case
 
 STEPS = 4  # identical steps until what is written back behind them has settled; without, the first is like the others
-CONCATENATED = 3.0  # a growing cache reads and rewrites all keys and values, then attention reads them
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +36,7 @@ def predict(case: Case, hardware: Hardware) -> Prediction:
     """The step of `case` on `hardware`; depth, order and copies are the row's, everything else the hardware's."""
     if case.impl == "hf-offloaded":
         return _offloaded_cache(case, hardware)
-    kv_multiplier = CONCATENATED if case.impl == "hf-decode" else 1.0
+    kv_multiplier = hardware.gpu.eager_kv_passes if case.impl == "hf-decode" else 1.0
     works = [work_of(case)] * (STEPS if case.stored_pages.any() else 1)
     return prediction(simulate(as_performed(case, hardware), case.shape, works, kv_multiplier)[-1])
 
@@ -115,7 +114,7 @@ def _offloaded_cache(case: Case, hardware: Hardware) -> Prediction:
     """The framework's offloaded cache, in closed form: the next layer is fetched, this one written back whole."""
     hardware, layers, kv = as_performed(case, hardware), case.shape.layers, case.kv_bytes
     compute = _compute(case, hardware)
-    concatenate = (CONCATENATED - 1.0) * kv / hardware.gpu.kv_bandwidth
+    concatenate = (hardware.gpu.eager_kv_passes - 1.0) * kv / hardware.gpu.kv_bandwidth
     fetch, back = (_whole_layer(link, kv) for link in (hardware.h2d, hardware.d2h))
     head = head_seconds(hardware.gpu, case.shape, case.sequences)
     free = offloaded_cache_step(layers, compute, fetch, back, concatenate)

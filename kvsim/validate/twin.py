@@ -19,7 +19,7 @@ from kvsim.machine import Hardware, ModelShape, Work, shape_from_config
 from kvsim.measure.machine_info import slug
 from kvsim.results import digest
 from kvsim.trace.access import Source, Trace
-from kvsim.validate.predict import CONCATENATED, eager, simulate
+from kvsim.validate.predict import eager, simulate
 from kvsim.validate.rows import check_device, described
 
 FEW = 8  # steps, below which quarters say nothing
@@ -184,7 +184,7 @@ def _batch(number: int, sources: Sequence[Source], shape: ModelShape, machine: H
     context = width + np.arange(1, longest.output_tokens + 1)
     captured = longest.facts.get("captured_step_seconds", np.full(len(context), np.nan))
     works = [_work(shape, len(sources), int(tokens)) for tokens in context]
-    records = simulate(machine, shape, works, CONCATENATED)
+    records = simulate(machine, shape, works, machine.gpu.eager_kv_passes)
     predicted = np.array([record.end_s - record.start_s for record in records])
     measured = np.asarray(longest.facts["step_seconds"], float)
     return Batch(number, [s.id for s in sources], context, measured, np.asarray(captured, float), predicted)

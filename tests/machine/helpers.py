@@ -5,6 +5,7 @@ from __future__ import annotations
 import simpy
 
 from kvsim.machine import Hardware, Machine, ModelShape, Record, Work
+from kvsim.machine.fit import LINEAR
 
 KV_RATE = 1e9  # one KV byte read takes a nanosecond, and nothing else computes: kv_read sets a layer's time
 BARE = {
@@ -18,6 +19,8 @@ BARE = {
     "gpu.small_kernels": 0,
     "gpu.attention_fixed": 0,
     "gpu.attention_per_sequence": 0,
+    "gpu.prefill_fixed": 0,
+    **{f"gpu.{loss}": 0 for loss in LINEAR},
     "gpu.layer_gap": 0,
     "gpu.step_sync": 0,
     "gpu.copy_slowdown": 0,

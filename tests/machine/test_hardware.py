@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 
 import pytest
 
 from kvsim.errors import ConfigError
 from kvsim.machine import Constant, Hardware
-from kvsim.machine.hardware import EVIDENCE, FOLDER, KINDS, shipped
+from kvsim.machine.hardware import EVIDENCE, FOLDER, KINDS, Fit, shipped
 
 NAMES = {"h100-pcie5", "h200-pcie5", "a100-pcie4", "rtx4090-pcie4", "rtxpro6000-pcie5"}
 PLAIN = {"count", "share", "excess", "choice", "flag"}
@@ -109,6 +110,95 @@ def test_bad_files_name_file_and_key(tmp_path, old, new, says):
     with pytest.raises(ConfigError, match=says) as caught:
         Hardware.load(path)
     assert "bad.toml" in str(caught.value)
+
+
+# --- what a calibrated file holds beside ----------------------------------------------------------------------
+
+
+def calibrated() -> Hardware:
+    hw = Hardware.load("h100-pcie5").with_constants(
+        {
+            "gpu.kernel_time": Constant(
+                "2us", "fitted", "here", "1.5us", "2500ns", "median of 9", "2026-11-21", residual=0.02
+            ),
+            "ssd.queue_depth": Constant(16, "measured", "here", 4, 32),
+        }
+    )
+    fit = Fit(
+        device="nvidia-h100",
+        rows=(("a.jsonl", "0" * 64), ("b.jsonl", "1" * 64)),
+        keys="f" * 64,
+        patterns=("nvidia-h100/calibrate/*", "nvidia-h100/resident/*/1b/*"),
+        kvsim="0.1.0",
+        date="2026-11-21",
+        split="abc",
+        drift={"calibrate": 0.01},
+    )
+    return replace(hw, fit=fit, ranges={"gemm": {"rows": (1, 4096)}, "copy": {"bytes": (4096, 1e9)}})
+
+
+def test_a_calibrated_file_survives_a_round_trip(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(calibrated().to_toml())
+    loaded = Hardware.load(path)
+    assert replace(loaded, where=None) == replace(calibrated(), where=None)
+    assert loaded.constants["gpu.kernel_time"].high == "2500ns" and loaded.gpu.kernel_time == 2e-6
+    assert loaded.with_overrides({"gpu.kernel_time": "9us"}).constants["gpu.kernel_time"].low is None
+
+
+def test_a_file_knows_the_rows_it_was_fitted_to():
+    fit = calibrated().fit
+    assert fit.covers("nvidia-h100/calibrate/gemm/1") and fit.covers("nvidia-h100/resident/bare/1b/4/512")
+    assert not fit.covers("nvidia-h100/resident/bare/8b/4/512") and not fit.covers("cpu-x/calibrate/gemm/1")
+
+
+def test_what_lies_outside_of_the_measured_range_is_said():
+    hw = calibrated()
+    assert hw.outside("gemm", rows=1, parameters=1e12) == hw.outside("attention", sequences=1e9) == []
+    assert hw.outside("copy", bytes=1e9, copies=7) == []
+    (said,) = hw.outside("gemm", rows=8192)
+    assert said == "gemm: rows 8192 lies outside of the measured 1 to 4096"
+    assert Hardware.load("h100-pcie5").outside("gemm", rows=8192) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('low = "1.5us"', 'low = "3us"', "gpu.kernel_time: .low. is 3us, above"),
+        ('low = "1.5us"', 'low = "2100ns"', "2us lies outside of its band, 2100ns to 2500ns"),
+        ('low = "1.5us"', 'low = "-1us"', 'gpu.kernel_time: "low"'),
+        ('low = "1.5us"', 'low = "1.5"', "no unit"),
+        ('low = "1.5us"', "low = 1.5", "no unit"),
+        ('low = "1.5us", ', "", "half a band"),
+        ('low = "1.5us"', "low = true", "low = True will not do"),
+        ('date = "2026-11-21", residual', 'date = "yesterday", residual', "2026-11-21"),
+        ("residual = 0.02", "residual = -0.02", "residual = -0.02"),
+        ("residual = 0.02", 'residual = "2 %"', "a share"),
+        ('method = "median of 9"', 'method = ""', "method"),
+        ('method = "median of 9"', "sigma = 1", "sigma"),
+        ('device = "nvidia-h100"', 'gpu = "nvidia-h100"', '"gpu" is not understood'),
+        ('device = "nvidia-h100"', "device = 3", "not what kvsim calibrate writes"),
+        ('device = "nvidia-h100"\n', "", "not what kvsim calibrate writes"),
+        ("drift = {calibrate = 0.01}", "drift = 3", "not what kvsim calibrate writes"),
+        ("rows = [1, 4096]", "rows = [4096, 1]", "range.gemm.rows"),
+        ("rows = [1, 4096]", "rows = 4096", "range.gemm.rows"),
+        ("rows = [1, 4096]", "columns = [1, 4096]", 'unknown "range.gemm.columns"'),
+        ("[range.gemm]", "[range.gem]", 'unknown "range.gem"'),
+    ],
+)
+def test_bad_calibrated_files_name_file_and_key(tmp_path, old, new, says):
+    text = calibrated().to_toml()
+    assert old in text
+    path = tmp_path / "bad.toml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=says) as caught:
+        Hardware.load(path)
+    assert "bad.toml" in str(caught.value)
+
+
+def test_a_band_is_around_a_number():
+    with pytest.raises(ConfigError, match="host.merge.*no number"):
+        Hardware.load("h100-pcie5").with_constants({"host.merge": Constant(True, "measured", "here", 0, 1)})
 
 
 def test_a_missing_constant_is_named(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvsim.errors import ConfigError
 from kvsim.machine import SHAPES, Hardware, Machine, Work, closed
+from kvsim.machine.fit import LINEAR
 from tests.machine.helpers import hardware, seconds, shape, step, steps
 
 LAYERS = 8
@@ -110,7 +111,7 @@ LEADS = {
     "gpu.weight_bandwidth": "2.6TB/s", "gpu.kv_bandwidth": "2.2TB/s", "gpu.attention_fixed": "20us",
     "gpu.kernel_time": 0, "gpu.attention_per_sequence": 0, "gpu.step_sync": 0, "gpu.copy_slowdown": 0,
     "link.h2d.bandwidth": "50GB/s", "link.h2d.latency": "10us", "link.h2d.per_copy": 0, "link.h2d.submit": 0,
-    "cpu.layer_submit": 0, "gpu.staging_layers": 2,
+    "cpu.layer_submit": 0, "gpu.staging_layers": 2, **{f"gpu.{loss}": 0 for loss in LINEAR},
 }  # fmt: skip
 H200 = {"gpu.weight_bandwidth": "3.7TB/s", "gpu.kv_bandwidth": "3.1TB/s"}
 REGISTERED = [
@@ -424,7 +425,7 @@ def test_a_demand_overtakes_a_prefetch():
 
 
 def test_rebuilt_tokens_cost_the_layers_gemms():
-    hw = Hardware.load("h100-pcie5")
+    hw = Hardware.load("h100-pcie5").with_overrides({f"gpu.{loss}": 0 for loss in LINEAR})
     machine = Machine(simpy.Environment(), hw, SHAPES["llama-3.1-8b"])
     plain, more = Work.idle(32), Work.idle(32, rebuild=4096.0)
     flop = 2 * 4097 * sum(SHAPES["llama-3.1-8b"].gemms)
