@@ -108,7 +108,8 @@ def measured(every: Sequence[tuple[Machine, Validation]]) -> Iterator[str]:
     """A line per machine: device, dates, versions, rows."""
     lines = []
     for _, v in every:
-        versions = [", ".join(v.facts[name]) or "-" for name in ("driver", "torch", "transformers", "kvsim", "commit")]
+        known = {**v.facts, "kvsim": [v.facts["kvsim"]], "commit": [commit[:12] for commit in v.facts["commit"]]}
+        versions = [", ".join(known[name]) or "-" for name in ("driver", "torch", "transformers", "kvsim", "commit")]
         points = f"{v.facts['points']['fit']} / {v.facts['points']['held_out']}"
         files = ", ".join(f"{row['file']} ({row['sha256'][:12]})" for row in v.facts["rows"])
         lines.append((f"`{v.facts['device']}`", ", ".join(v.facts["date"]) or "-", *versions, points, files))
