@@ -243,7 +243,7 @@ def test_rows_without_contrast_leave_constants_alone():
     rows = [r for r in Machine().measure() if r["kind"] in ("gemm", "small") and r["params"].get("rows", 1) <= 16]
     hw = quickly(rows)
     assert hw.constants["gpu.gemm_flops"].source.startswith("not measured here")
-    assert hw.gpu.kernel_time == BASE.gpu.kernel_time
+    assert hw.gpu.kernel_time == pytest.approx(TRUE["gpu.kernel_time"], rel=2e-3)  # of kernels alone
 
 
 # --- splits and steps of the executor ----------------------------------------------------------------------------

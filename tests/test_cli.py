@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -237,3 +238,71 @@ def test_light_imports(tmp_path):
         "import kvsim.registry\nkvsim.registry.load_all()"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).returncode == 0
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = ROOT / "experiments" / "cpu"
+ROWS, SPLIT, FITTED = (str(CPU / name) for name in ("results/results.jsonl", "split.toml", "cpu-amd-epyc.toml"))
+
+
+def test_the_committed_fit_comes_from_the_committed_rows(tmp_path):
+    kvsim("calibrate", "--rows", ROWS, "--split", SPLIT, "-o", tmp_path / "cpu-amd-epyc.toml", cwd=tmp_path, check=0)
+    assert (tmp_path / "cpu-amd-epyc.toml").read_text() == Path(FITTED).read_text()
+
+
+def test_rows_and_steps_are_judged(tmp_path):
+    said = kvsim(
+        "validate", "--rows", ROWS, "--hardware", FITTED, "--split", SPLIT, "-o", "rows", cwd=tmp_path, check=0
+    ).stdout
+    assert "| host memory, by resident share | 42 |" in said and "measured on cpu-amd-epyc" in said
+    assert {"errors.parquet", "groups.parquet", "report.md", "manifest.json"} <= {
+        f.name for f in (tmp_path / "rows").iterdir()
+    }
+    trace = ROOT / "traces" / "reasoner.kvtrace"
+    said = kvsim("validate", trace, "--hardware", FITTED, "-o", "steps", cwd=tmp_path, check=0).stdout
+    assert "| requests 0 to 7 | 309 |" in said and "steps.parquet" in {f.name for f in (tmp_path / "steps").iterdir()}
+
+
+def test_a_plan_is_exported_and_performed(tmp_path):
+    plan, rows = tmp_path / "p.parquet", tmp_path / "rows.jsonl"
+    how = ("--regime", "offload", "--demand", "topk(2)", "--granularity", "layer", "--request", "0", "--no-references")
+    kvsim(
+        "run",
+        "demo",
+        "--policy",
+        "lru",
+        "--budget",
+        "60%",
+        *how,
+        "--export-plan",
+        plan,
+        "-o",
+        "run",
+        cwd=tmp_path,
+        check=0,
+    )
+    said = kvsim(
+        "perform", plan, "--trace", "demo", "--hardware", FITTED, "--steps", "4", "-o", rows, cwd=tmp_path, check=0
+    ).stdout
+    assert "measured step" in said and "pages  poisoned, moved" in said and "predicted step" in said
+    assert len(rows.read_text().splitlines()) == 1
+    other = kvsim("perform", plan, "--trace", ROOT / "traces" / "reasoner.kvtrace", "-o", rows, cwd=tmp_path, check=2)
+    assert "the plan belongs to another trace" in other.stderr and len(rows.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("validate",), "give either a trace or --rows"),
+        (("validate", "demo"), "no hardware was given"),
+        (("validate", "--rows", ROWS, "--hardware", FITTED), "no split was given"),
+        (("validate", "--rows", ROWS, "--hardware", "h100-pcie5", "--split", SPLIT), "the measurements are of cpu-amd"),
+        (("calibrate", "--rows", ROWS, "-o", "x.txt"), "is no name of a hardware file"),
+        (("perform", SPLIT, "-o", "rows.jsonl"), "not a movement plan"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(tmp_path, arguments, said):
+    failed = kvsim(*arguments, cwd=tmp_path, check=2)
+    assert said in failed.stderr and "Traceback" not in failed.stderr and not list(tmp_path.iterdir())

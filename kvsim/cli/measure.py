@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvsim.cli.app import Out, app, open_named
-from kvsim.cli.screen import Wait, screen
+from kvsim.cli.screen import Wait, screen, table
 from kvsim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvsim.plan import Plan
+    from kvsim.trace.access import Trace
 
 
 @app.command()
@@ -120,6 +124,78 @@ def calibrate(
 
 
 @app.command()
+def perform(
+    plan: Annotated[Path, typer.Argument(help="A movement plan that `kvsim run --export-plan` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The rows file to add to, NAME.jsonl.")],
+    model: Annotated[str, typer.Option(help="Whose layers compute: llama-3.1-8b, cpu-small, ...")] = "cpu-small",
+    context: Annotated[int | None, typer.Option(help="Tokens; the plan's pages are repeated up to there.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Refuse the plan unless it was made from this trace.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Also say what this hardware file predicts.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    depth: Annotated[int, typer.Option(help="Layers whose loaded pages the device holds at once.")] = 2,
+    known: Annotated[str, typer.Option(help="What a layer loads is known at the start, or after the layer before.")] = (
+        "start"
+    ),
+    method: Annotated[str, typer.Option(help="runs: neighbouring pages in one copy. page: each by itself.")] = "runs",
+    steps: Annotated[int, typer.Option(help="Timed steps, the last ones of the plan.", min=1)] = 20,
+    disk: Annotated[Path, typer.Option(help="Folder for the pages that the plan has on the SSD.")] = Path("."),
+) -> None:
+    """Really move the pages of a plan on a device, check them by content, and time each step.
+
+    Example: kvsim perform lru.parquet --model cpu-small --hardware experiments/cpu/cpu-amd-epyc.toml -o rows.jsonl
+    """
+    from kvsim.measure.bare import shape
+    from kvsim.measure.executor import Executor
+    from kvsim.measure.machine_info import slug
+    from kvsim.measure.rows import RowLog, quantiles
+    from kvsim.measure.schedule import Schedule
+    from kvsim.measure.streams import open_device
+    from kvsim.plan import read_plan
+
+    moves, schedule, layers = read_plan(plan), Schedule(depth, known, method), shape(model)
+    if trace is not None:
+        _require(moves, open_named(trace))
+    size = moves.info.page_size
+    tokens = context or moves.info.pages * size
+    predicts = _predictor(hardware)
+    with open_device(device) as opened, RowLog(output) as log, Wait("performing the plan"):
+        with Executor(opened, layers, 1, tokens, size, folder=disk) as executor:
+            row = executor.run_plan(moves, schedule, steps=steps, warm_up=min(5, moves.info.steps - steps))
+        how = f"{method}-{known}{depth}"
+        key = f"{slug(opened.name)}/offload/plan/{model}/1x{tokens}/{plan.stem}/{how}/{len(log.rows)}"
+        added = log.add(key, **{**row, "phase": "offload"})
+    p, ms = added["params"], quantiles(added["ms"])
+    moved = sum(p["fetched_pages"]) * p["page"] * layers.token_bytes
+    lines = [
+        ("measured step", f"{ms['p50']:.3f} ms", f"p10 to p90: {ms['p10']:.3f} to {ms['p90']:.3f} ms, {opened.name}"),
+        ("moved per step", f"{moved / 1e6:.3f} MB", f"{sum(p['copies']):.1f} copies"),
+        ("checked", f"{p['checked_pages']} pages", "poisoned, moved, and compared with what they should hold"),
+    ]
+    if predicts:
+        lines.append(("predicted step", f"{1e3 * predicts(added):.3f} ms", f"from {hardware}"))
+    screen().print(table([("", "left"), ("value", "right"), ("", "left")], lines))
+    typer.echo(f"written to {output}: {key}")
+
+
+def _require(plan: Plan, trace: Trace) -> None:
+    """Raise ResultError unless the plan was made from the trace, or from one request of it."""
+    if all(plan.info.trace != trace.only([source.id]).fingerprint for source in trace.sources):
+        plan.require(trace.fingerprint)
+
+
+def _predictor(hardware: str | None) -> Any:
+    """What predicts the seconds of a row, or None."""
+    if hardware is None:
+        return None
+    from kvsim.machine.hardware import Hardware
+    from kvsim.validate.cases import case_of
+    from kvsim.validate.predict import predict
+
+    known = Hardware.load(hardware)
+    return lambda row: predict(case_of(row), known).seconds
+
+
+@app.command()
 def validate(
     trace: Annotated[
         str | None, typer.Argument(metavar="[TRACE]", help="A captured .kvtrace: judge the steps of its own run.")
@@ -134,9 +210,9 @@ def validate(
 ) -> None:
     """Compare predicted times with measured ones: a trace's own steps, or measured rows that no fit has seen.
 
-    Example: kvsim validate traces/reasoner.kvtrace --hardware experiments/cpu/hardware.toml
+    Example: kvsim validate traces/reasoner.kvtrace --hardware experiments/cpu/cpu-amd-epyc.toml
 
-    Example: kvsim validate --rows experiments/cpu/rows.jsonl --hardware experiments/cpu/hardware.toml --split
+    Example: kvsim validate --rows experiments/cpu/rows.jsonl --hardware experiments/cpu/cpu-amd-epyc.toml --split
     experiments/cpu/split.toml
     """
     from kvsim.machine.hardware import Hardware

@@ -28,6 +28,8 @@ _LEGEND: dict[str, Any] = {"frameon": False, "loc": "upper left", "bbox_to_ancho
 
 def predicted_against_measured(errors: Columns, lines: Sequence[str], foot: str, path: Path) -> Path:
     """Every row of errors.parquet, with the p10 to p90 of its samples and the prediction's band."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     with page.style():
         figure = page.sheet(7.4, 5.2)
         ax = figure.add_subplot()
@@ -39,6 +41,10 @@ def predicted_against_measured(errors: Columns, lines: Sequence[str], foot: str,
         ax.fill_between(span, span / 1.1, span * 1.1, color="#f0f0f0", linewidth=0, zorder=0.4)
         ax.plot(span, span, color=page.GREY, linewidth=0.8, zorder=1, label="equal; shaded: within 10 %")
         ax.set(xlim=span, ylim=span, aspect="equal")
+        for axis in (ax.xaxis, ax.yaxis):  # 10, 20, 50, 100: what fits without overlap
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(f"measured time per step ({unit})")
         ax.set_ylabel(f"predicted time per step ({unit})")
         ax.legend(**_LEGEND)

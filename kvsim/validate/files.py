@@ -138,11 +138,16 @@ def _error_line(row: Judged, groups: Sequence[str]) -> dict[str, Any]:
     }
 
 
+DRAWN = 3  # points of a curve that is worth a panel
+
+
 def curve_tables(rows: Sequence[Judged]) -> list[dict[str, Any]]:
     """Each curve over the resident fraction: its title, its points, and its knees, nan where there is none."""
     knees = {id(first): (measured, predicted) for first, measured, predicted in knees_of(rows)}
     found = []
     for curve in curves(rows):
+        if len(curve) < DRAWN:  # one choice varied at one share: a table's matter
+            continue
         measured, predicted = knees.get(id(curve[0]), (math.nan, math.nan))
         spread = np.array([row.case.spread_s for row in curve])
         found.append(
