@@ -23,11 +23,10 @@ from kvsim.cache.outcome import Outcome
 from kvsim.cache.tiers import Capacity
 from kvsim.config import RunConfig
 from kvsim.errors import ConfigError, PolicyError, TraceError
-from kvsim.machine.compute import gemm_seconds
 from kvsim.machine import SHAPES, Hardware, ModelShape, shape_from_config, shape_from_geometry
+from kvsim.machine.compute import gemm_seconds
 from kvsim.trace.access import Access, Request, Trace
 from kvsim.units import parse_budget, parse_bytes
-
 
 CHUNK = 2048  # tokens, at which the rate of recomputation is stated
 
