@@ -72,3 +72,12 @@ def open_named(name: str) -> Trace:
     from kvsim.trace import open_trace
 
     return open_trace(name)
+
+
+def say_problems(problems: list[str], otherwise: str) -> None:
+    """Print what is broken and end with exit code 2, or that nothing is."""
+    for problem in problems:
+        typer.echo(f"broken: {problem}")
+    if problems:
+        raise typer.Exit(2)
+    typer.echo(otherwise)

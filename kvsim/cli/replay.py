@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.app import Out, app, open_named
+from kvsim.cli.app import Out, app, open_named, say_problems
 from kvsim.cli.screen import Wait, screen, table
 from kvsim.errors import ConfigError
 
@@ -287,9 +287,4 @@ def check(spec: Annotated[str, typer.Argument(help="A policy or a file.py, optio
     """
     from kvsim.testing import check_policy
 
-    problems = check_policy(spec)
-    for problem in problems:
-        typer.echo(f"broken: {problem}")
-    if problems:
-        raise typer.Exit(2)
-    typer.echo(f"{spec} keeps the contract")
+    say_problems(check_policy(spec), f"{spec} keeps the contract")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvsim.cli.app import TraceArg, open_named, trace_app
+from kvsim.cli.app import TraceArg, open_named, say_problems, trace_app
 from kvsim.cli.screen import screen
 
 
@@ -62,12 +62,7 @@ def trace_check(trace: TraceArg) -> None:
     """
     from kvsim.trace.check import check as check_trace
 
-    problems = check_trace(trace)
-    for problem in problems:
-        typer.echo(f"broken: {problem}")
-    if problems:
-        raise typer.Exit(2)
-    typer.echo(f"{trace} is whole")
+    say_problems(check_trace(trace), f"{trace} is whole")
 
 
 @trace_app.command("export")
