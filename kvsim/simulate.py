@@ -82,11 +82,13 @@ def _machine(env: Any, setting: Setting) -> Machine | Stream:
     Both give the same floats, as tests assert; SimPy is the reference.
     """
     from kvsim.machine import Machine
-    from kvsim.machine.stream import Stream, compiled
 
     work = setting.shape.layers * sum(r.output_tokens for r in setting.trace.requests())
-    if work > (LOADING if compiled() else COMPILING):
-        return Stream(setting.hardware, setting.shape, setting.config.overlap)
+    if work > LOADING:
+        from kvsim.machine.stream import Stream, compiled
+
+        if compiled() or work > COMPILING:
+            return Stream(setting.hardware, setting.shape, setting.config.overlap)
     return Machine(env, setting.hardware, setting.shape, overlap=setting.config.overlap, alone=True)
 
 
