@@ -202,7 +202,10 @@ def read_plan(path: str | os.PathLike) -> Plan:
     """The plan in a file. Raises ResultError for a file that is none, is newer, or holds impossible moves."""
     path = Path(path)
     try:
-        with pq.ParquetFile(path, read_dictionary=["action"]) as file:
+        with pq.ParquetFile(path) as plain:  # a file without the column cannot be opened with it as a dictionary
+            _info(plain.schema_arrow.metadata or {}, path)
+            whole = "action" in plain.schema_arrow.names
+        with pq.ParquetFile(path, read_dictionary=["action"] if whole else None) as file:
             info = _info(file.schema_arrow.metadata or {}, path)
             if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
                 found = ", ".join(file.schema_arrow.names)

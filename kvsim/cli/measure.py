@@ -102,7 +102,9 @@ def calibrate(
         Path | None, typer.Option(help="A TOML file that says which rows may be fitted; calibration rows otherwise.")
     ] = None,
     base: Annotated[str, typer.Option(help="Hardware from which comes what is not measured.")] = "h100-pcie5",
-    quick: Annotated[bool, typer.Option(help="A few seconds on a tiny grid, to see that everything runs.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A few seconds on a tiny grid, to see that everything runs; not to predict by.")
+    ] = False,
 ) -> None:
     """Measure this machine, fit every constant, and write a hardware file that says how sure each of them is.
 
@@ -123,12 +125,17 @@ def calibrate(
         typer.echo(f"note: {note}")
 
 
+WARM_UP = 5  # steps of a plan that are performed before those that are timed
+
+
 @app.command()
 def perform(
     plan: Annotated[Path, typer.Argument(help="A movement plan that `kvsim run --export-plan` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The rows file to add to, NAME.jsonl.")],
     model: Annotated[str, typer.Option(help="Whose layers compute: llama-3.1-8b, cpu-small, ...")] = "cpu-small",
-    context: Annotated[int | None, typer.Option(help="Tokens; the plan's pages are repeated up to there.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens; the plan's pages are repeated, or cut, to that length.")
+    ] = None,
     trace: Annotated[str | None, typer.Option(help="Refuse the plan unless it was made from this trace.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Also say what this hardware file predicts.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
@@ -155,13 +162,20 @@ def perform(
     moves, schedule, layers = read_plan(plan), Schedule(depth, known, method), shape(model)
     if trace is not None:
         _require(moves, open_named(trace))
-    size = moves.info.page_size
-    tokens = context or moves.info.pages * size
+    size, most = moves.info.page_size, moves.info.steps - WARM_UP
+    tokens = moves.info.pages * size if context is None else context
+    if tokens < size or tokens % size:
+        hint = f"write a multiple of {size}, the plan's page"
+        raise ConfigError(f"a context of {tokens} tokens is no whole number of pages", where="--context", hint=hint)
+    if steps > most:
+        what = f"the plan has {moves.info.steps} steps, {steps} and {WARM_UP} to warm up are asked for"
+        raise ConfigError(what, where="--steps", hint=f"ask for {most} at most")
     predicts = _predictor(hardware)
-    with open_device(device) as opened, RowLog(output) as log, Wait("performing the plan"):
+    with open_device(device) as opened, Wait("performing the plan"):
         with Executor(opened, layers, 1, tokens, size, folder=disk) as executor:
-            row = executor.run_plan(moves, schedule, steps=steps, warm_up=min(5, moves.info.steps - steps))
-        how = f"{method}-{known}{depth}"
+            row = executor.run_plan(moves, schedule, steps=steps, warm_up=WARM_UP)
+    how = f"{method}-{known}{depth}"
+    with RowLog(output) as log:
         key = f"{slug(opened.name)}/offload/plan/{model}/1x{tokens}/{plan.stem}/{how}/{len(log.rows)}"
         added = log.add(key, **{**row, "phase": "offload"})
     p, ms = added["params"], quantiles(added["ms"])
@@ -172,7 +186,9 @@ def perform(
         ("checked", f"{p['checked_pages']} pages", "poisoned, moved, and compared with what they should hold"),
     ]
     if predicts:
-        lines.append(("predicted step", f"{1e3 * predicts(added):.3f} ms", f"from {hardware}"))
+        seconds, of = predicts(added)
+        mark = "" if of == slug(opened.name) else f"; another machine: {of}"
+        lines.append(("predicted step", f"{1e3 * seconds:.3f} ms", f"from {hardware}{mark}"))
     screen().print(table([("", "left"), ("value", "right"), ("", "left")], lines))
     typer.echo(f"written to {output}: {key}")
 
@@ -184,7 +200,7 @@ def _require(plan: Plan, trace: Trace) -> None:
 
 
 def _predictor(hardware: str | None) -> Any:
-    """What predicts the seconds of a row, or None."""
+    """What predicts the seconds of a row, and says of which device; or None."""
     if hardware is None:
         return None
     from kvsim.machine.hardware import Hardware
@@ -192,7 +208,7 @@ def _predictor(hardware: str | None) -> Any:
     from kvsim.validate.predict import predict
 
     known = Hardware.load(hardware)
-    return lambda row: predict(case_of(row), known).seconds
+    return lambda row: (predict(case_of(row), known).seconds, known.fit.device if known.fit else known.name)
 
 
 @app.command()
@@ -212,8 +228,8 @@ def validate(
 
     Example: kvsim validate traces/reasoner.kvtrace --hardware experiments/cpu/cpu-amd-epyc.toml
 
-    Example: kvsim validate --rows experiments/cpu/rows.jsonl --hardware experiments/cpu/cpu-amd-epyc.toml --split
-    experiments/cpu/split.toml
+    Example: kvsim validate --rows experiments/cpu/results/results.jsonl --split experiments/cpu/split.toml
+    --hardware experiments/cpu/cpu-amd-epyc.toml
     """
     from kvsim.machine.hardware import Hardware
     from kvsim.validate import TwinValidation, Validation, read_split, report, validate_rows, validate_trace
