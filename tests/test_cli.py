@@ -302,7 +302,7 @@ def test_a_plan_is_exported_and_performed(tmp_path):
         (("validate", "--rows", ROWS, "--hardware", "h100-pcie5", "--split", SPLIT), "the measurements are of cpu-amd"),
         (("calibrate", "--rows", ROWS, "-o", "x.txt"), "is no name of a hardware file"),
         (("perform", SPLIT, "-o", "rows.jsonl"), "not a movement plan"),
-        (("perform", ROOT / "kvsim/data/demo.kvtrace/requests.parquet", "-o", "rows.jsonl"), "not a movement plan"),
+        (("perform", ROOT / "kvsim/data/demo.kvtrace/requests.parquet", "-o", "rows.jsonl"), "kvsim-plan"),
         (("perform", PLAN, "--steps", "306", "-o", "rows.jsonl"), "ask for 305 at most"),
         (("perform", PLAN, "--context", "1000", "-o", "rows.jsonl"), "a multiple of 16"),
     ],
