@@ -257,7 +257,7 @@ def test_rows_and_steps_are_judged(tmp_path):
     said = kvsim(
         "validate", "--rows", ROWS, "--hardware", FITTED, "--split", SPLIT, "-o", "rows", cwd=tmp_path, check=0
     ).stdout
-    assert "| host memory, by resident share | 42 |" in said and "measured on cpu-amd-epyc" in said
+    assert "| host memory, by resident share | 63 |" in said and "measured on cpu-amd-epyc" in said
     assert {"errors.parquet", "groups.parquet", "report.md", "manifest.json"} <= {
         f.name for f in (tmp_path / "rows").iterdir()
     }

@@ -171,9 +171,12 @@ def perform(
         what = f"the plan has {moves.info.steps} steps, {steps} and {WARM_UP} to warm up are asked for"
         raise ConfigError(what, where="--steps", hint=f"ask for {most} at most")
     predicts = _predictor(hardware)
-    with open_device(device) as opened, Wait("performing the plan"):
-        with Executor(opened, layers, 1, tokens, size, folder=disk) as executor:
-            row = executor.run_plan(moves, schedule, steps=steps, warm_up=WARM_UP)
+    with (
+        open_device(device) as opened,
+        Wait("performing the plan"),
+        Executor(opened, layers, 1, tokens, size, folder=disk) as executor,
+    ):
+        row = executor.run_plan(moves, schedule, steps=steps, warm_up=WARM_UP)
     how = f"{method}-{known}{depth}"
     with RowLog(output) as log:
         key = f"{slug(opened.name)}/offload/plan/{model}/1x{tokens}/{plan.stem}/{how}/{len(log.rows)}"

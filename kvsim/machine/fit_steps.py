@@ -1,4 +1,4 @@
-"""What whole steps show better than their pieces do: gaps, the end of a step, eager frameworks, compute beside copies.
+"""What whole steps show better than their pieces do: gaps, the end of a step, eager frameworks.
 
 Rows are those of `kvsim.measure.rows`. A constant is what is left of a measured step when the machine, as far as its
 pieces are known, has explained its part.
@@ -26,7 +26,6 @@ def step_parts(rows: Sequence[Row], hardware: Hardware, in_line: bool) -> Iterat
     yield from _gaps(rows)
     yield from _ends(rows, hardware)
     yield from _eager(rows, hardware, in_line)
-    yield from _beside_copies(rows, hardware)
 
 
 def _gaps(rows: Sequence[Row]) -> Iterator[Part]:
@@ -73,37 +72,6 @@ def _eager(rows: Sequence[Row], hardware: Hardware, in_line: bool) -> Iterator[P
     yield Part(
         "steps of transformers over their layers, less matrix products: fixed + passes over the cache", columns, find
     )
-
-
-def _beside_copies(rows: Sequence[Row], hardware: Hardware) -> Iterator[Part]:
-    """How much longer layers take that compute while the next one's pages come in, per second of copying."""
-    steps = [r for r in _by_layer(_executor(rows, "offload")) if _plain(r["params"])]
-    alone = {_point(r): median(r) for r in steps if r["params"]["resident"] == 1.0}
-    slower = []
-    for row in steps:
-        copying = _copying(hardware, row["params"])
-        if _point(row) in alone and copying.sum() and _hidden(copying, alone[_point(row)]):
-            slower.append((median(row) - alone[_point(row)] - copying[0]) / copying[1:].sum())
-    if slower:
-        how = "steps that fetch less those that do not, over the time of the copies that compute hides"
-        yield Part(how, {"x": np.array(slower)}, middle("gpu.copy_slowdown"))
-
-
-def _hidden(copying: np.ndarray, alone: float) -> bool:
-    """Do all copies end well before the layers that hide them?"""
-    return bool(copying.max() < 0.7 * alone / len(copying))
-
-
-def _plain(p: dict[str, Any]) -> bool:
-    """Host memory, two buffers, runs known from the start: what prefetching does by default."""
-    return p["known"] == "start" and p["depth"] == 2 and p["method"] == "runs" and p["plan"] is None
-
-
-def _copying(hardware: Hardware, p: dict[str, Any]) -> np.ndarray:
-    """Seconds of each layer's copies."""
-    link, page = hardware.h2d, p["page"] * _shape(p).kv_token_bytes
-    pages, copies = (np.array(p[name], float) for name in ("fetched_pages", "copies"))
-    return np.where(pages > 0, link.latency + copies * link.per_copy + pages * page / link.bandwidth, 0.0)
 
 
 def _executor(rows: Sequence[Row], phase: str) -> list[Row]:
