@@ -16,6 +16,7 @@ import numpy as np
 
 from kvsim.errors import ConfigError
 from kvsim.machine.hardware import Gpu
+from kvsim.machine.work import Work
 from kvsim.trace.access import Geometry
 
 
@@ -207,6 +208,17 @@ def layer_seconds(
         pairs = prefill_attention_seconds(gpu, shape, queries / sequences, sequences, context)
         attention = np.maximum(attention, pairs)
     return linear + small + gpu.layer_gap + attention
+
+
+def work_seconds(gpu: Gpu, shape: ModelShape, work: Work, kv_multiplier: float = 1.0) -> np.ndarray:
+    """Undisturbed seconds of each layer, float64 [layers], the policy's share included; without the head."""
+    seconds = layer_seconds(gpu, shape, work.queries, work.sequences, work.prefill, work.kv_read, kv_multiplier)
+    if work.rebuild.any():  # the GEMMs of a layer see the rebuilt tokens beside the queries
+        for g in shape.gemms:
+            alone = gemm_seconds(gpu, g, work.queries, shape.value_bytes)
+            both = [gemm_seconds(gpu, g, work.queries + n, shape.value_bytes) for n in work.rebuild.tolist()]
+            seconds = seconds + np.array(both) - alone
+    return seconds + work.policy_s / shape.layers
 
 
 def head_seconds(gpu: Gpu, shape: ModelShape, sequences: int) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import simpy
 
 from kvsim.errors import ConfigError
-from kvsim.machine.compute import ModelShape, gemm_seconds, head_seconds, layer_seconds
+from kvsim.machine.compute import ModelShape, head_seconds, work_seconds
 from kvsim.machine.hardware import Hardware
 from kvsim.machine.links import DEMAND, PREFETCH, WRITE_BACK, Clock, Engine, Line, Server, SsdEngine, gather_seconds
 from kvsim.machine.work import MOVES, Record, Work
@@ -89,16 +89,7 @@ class Machine:
 
     def compute_seconds(self, work: Work) -> np.ndarray:
         """Undisturbed seconds of each layer, float64 [layers], the policy's share included; without the head."""
-        gpu, shape = self.hardware.gpu, self.shape
-        seconds = layer_seconds(
-            gpu, shape, work.queries, work.sequences, work.prefill, work.kv_read, self.kv_multiplier
-        )
-        if work.rebuild.any():  # the GEMMs of a layer see the rebuilt tokens beside the queries
-            for g in shape.gemms:
-                alone = gemm_seconds(gpu, g, work.queries, shape.value_bytes)
-                both = [gemm_seconds(gpu, g, work.queries + n, shape.value_bytes) for n in work.rebuild.tolist()]
-                seconds = seconds + np.array(both) - alone
-        return seconds + work.policy_s / shape.layers
+        return work_seconds(self.hardware.gpu, self.shape, work, self.kv_multiplier)
 
     def iterate(self, work: Work) -> Generator[simpy.Event, None, Record]:
         """Run one iteration: `record = yield from machine.iterate(work)` inside a SimPy process."""

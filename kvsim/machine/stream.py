@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from kvsim.errors import ConfigError
-from kvsim.machine.compute import ModelShape, head_seconds
+from kvsim.machine.compute import ModelShape, head_seconds, work_seconds
 from kvsim.machine.hardware import Hardware
 from kvsim.machine.links import DEMAND, PIECE, PREFETCH, WRITE_BACK
-from kvsim.machine.pipeline import OVERLAPS, Machine
+from kvsim.machine.pipeline import OVERLAPS
 from kvsim.machine.work import MOVES, Record, Work
 
 # The kernels allocate nothing: without counted references their calls take half the time, without wrappers of their own
@@ -116,7 +116,7 @@ class Stream:
         """Run one iteration, beginning now. Raises ValueError where an infinite constant keeps it from ending."""
         assert len(work.kv_read) == self.shape.layers, "work and model differ in their number of layers"
         assert work.known in ("start", "layer"), work.known
-        seconds = cast(Any, Machine.compute_seconds)(self, work)
+        seconds = work_seconds(self.hardware.gpu, self.shape, work, self.kv_multiplier)
         head = float(head_seconds(self.hardware.gpu, self.shape, work.sequences))
         ends, start = np.empty(len(seconds)), self.now
         self._ask(work)
