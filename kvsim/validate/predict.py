@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.machine import Hardware, Machine, ModelShape, Record, Work
+from kvsim.machine import Hardware, ModelShape, Record, Work
 from kvsim.machine.closed import offloaded_cache_step
 from kvsim.machine.compute import head_seconds, layer_seconds
 from kvsim.machine.hardware import Link
+from kvsim.machine.stream import Stream
 from kvsim.measure.executor import READERS
 from kvsim.validate.cases import Case
 
@@ -43,19 +44,8 @@ def predict(case: Case, hardware: Hardware) -> Prediction:
 
 def simulate(hardware: Hardware, shape: ModelShape, works: Sequence[Work], kv_multiplier: float = 1.0) -> list[Record]:
     """Steps one after another on a machine of their own."""
-    import simpy
-
-    env = simpy.Environment()
-    machine = Machine(env, hardware, shape, kv_multiplier=kv_multiplier, alone=True)
-    records: list[Record] = []
-
-    def loop():
-        for work in works:
-            records.append((yield from machine.iterate(work)))
-
-    env.process(loop())
-    env.run()
-    return records
+    machine = Stream(hardware, shape, kv_multiplier=kv_multiplier)
+    return [machine.iterate(work) for work in works]
 
 
 def prediction(record: Record) -> Prediction:

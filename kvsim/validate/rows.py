@@ -20,6 +20,7 @@ from kvsim.validate.predict import peaks
 from kvsim.validate.split import Split, read_split
 
 ALL = "all held out"  # the group of every row, where there are several
+JUDGED = ("resident", "offload", "ssd")  # phases whose rows a split has to place
 _VERSIONS = ("driver", "torch", "transformers", "python", "kvsim", "commit", "cpu", "date")
 
 
@@ -80,6 +81,11 @@ def validate_rows(
     warnings = check_device(hardware, device, any_device)
     kept = [row for row in rows if split.is_held_out(row["key"])]
     warnings += _check_unseen(hardware, kept, split)
+    lost = [
+        r["key"] for r in rows if r["phase"] in JUDGED and not (split.is_fit(r["key"]) or split.is_held_out(r["key"]))
+    ]
+    if lost:
+        warnings.append(f"the split names neither side for {len(lost)} rows, {lost[0]} among them: they are left out")
     measured = cases(rows)
     counted = {case.key for case in cases(kept)}
     if not counted:
