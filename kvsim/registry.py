@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from typing import Any
 
 from kvsim.errors import PolicyError, nearest
 
-BUILT_IN = ("classic", "attention", "oracle", "offload")
 _PLUGIN = "kvsim_plugin_"  # how modules made from a user's file are called
 _TABLE: dict[tuple[str, str], type] = {}
 # A user's files are asked for by path, so two of them may use the same name: two versions of one idea, side by side.
@@ -33,9 +33,12 @@ _COMMON = {
     "columns": {},  # private per-page state: name -> dtype
     "batch": 1,  # pages to evict at once when full; the budget is never exceeded
     "lag": 1,  # decide every `lag` steps; may overshoot by lag - 1
+    "once": False,  # decides at the end of prefill alone: whatever is generated stays, beside the budget
     "granularity": "head",  # one decision per "head", "layer" or "token"
     "rows": "visible",  # weights it sees: renormalised over visible pages, or "full"
-    "needs": frozenset(),  # trace data beyond decode rows
+    "needs": frozenset(),  # trace data beyond decode rows: see `kvsim.trace.access.Source.provides`
+    "wraps": (),  # policies that this one holds: a wrapper's inner ones
+    "files": (),  # files that it reads: their content is part of a run's identity
     "bounded": True,  # False: keeps everything, whatever the budget
     "cut_prompt": True,  # is an over-long prompt cut at the end of prefill? (with offload it always is)
     "evidence": "own",  # code, abs, 3rd, mem, derived, own: see kvsim/policies/classic.py
@@ -193,8 +196,9 @@ def load_all() -> None:
 
     A plug-in that does not import is named in a warning and left out.
     """
-    for module in BUILT_IN:
-        importlib.import_module(f"kvsim.policies.{module}")
+    built_in = importlib.import_module("kvsim.policies")
+    for module in pkgutil.iter_modules(built_in.__path__):
+        importlib.import_module(f"kvsim.policies.{module.name}")
     if "plugins" not in _LOADED:
         _LOADED.add("plugins")
         from importlib.metadata import entry_points
@@ -257,7 +261,11 @@ def _from_module(module: ModuleType, attribute: str, kind: str, name: str) -> ty
     )
 
 
-def source_hash(instance: object) -> str:
-    """SHA-256 of the class's module source: part of a run's identity."""
-    module = sys.modules[type(instance).__module__]
-    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+def source_hash(instance: Any) -> str:
+    """Part of a run's identity: SHA-256 of the class's module source, the policies it wraps and the files it reads."""
+    digest = hashlib.sha256(inspect.getsource(sys.modules[type(instance).__module__]).encode())
+    for inner in getattr(instance, "wraps", ()):
+        digest.update(source_hash(inner).encode())
+    for path in getattr(instance, "files", ()):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()

@@ -21,6 +21,7 @@ from kvsim.cache.demand import Use, parse_demand, parse_use
 from kvsim.cache.future import Future
 from kvsim.cache.outcome import Outcome
 from kvsim.cache.tiers import Capacity
+from kvsim.cache.view import pages
 from kvsim.config import RunConfig
 from kvsim.errors import ConfigError, PolicyError, TraceError
 from kvsim.machine import SHAPES, Hardware, ModelShape, shape_from_config, shape_from_geometry
@@ -28,6 +29,7 @@ from kvsim.machine.compute import gemm_seconds
 from kvsim.trace.access import Access, Request, Trace
 from kvsim.units import parse_budget, parse_bytes
 
+VECTORS = frozenset("qkv")
 CHUNK = 2048  # tokens, at which the rate of recomputation is stated
 
 
@@ -59,13 +61,18 @@ class Setting:
             policy.granularity = self.config.granularity
         if self.config.regime not in policy.regimes:
             raise PolicyError(f'policy "{self.config.policy}" does not work in the {self.config.regime} regime')
-        provided = self.trace.manifest.get("provides", ())
-        if missing := [name for name in sorted(policy.needs) if name not in provided]:
-            raise PolicyError(
-                f'policy "{self.config.policy}" needs {", ".join(missing)}, which the trace does not hold',
-                where=self.trace.path,
-                hint="capture again with --vectors or --prompt-rows",
-            )
+        if policy.needs:
+            if missing := sorted(policy.needs - self.trace.provides):
+                raise PolicyError(
+                    f'policy "{self.config.policy}" needs {", ".join(missing)}, which the trace does not hold',
+                    where=self.trace.path,
+                    hint="q, k and v: capture with --vectors; spans: with --spans; others are facts of the trace",
+                )
+            if policy.needs & VECTORS and (policy.granularity != "head" or self.trace.pool != "head"):
+                raise PolicyError(
+                    f'policy "{self.config.policy}" reads q, k or v, which are those of KV heads',
+                    hint="leave --granularity at head",
+                )
         return policy
 
     def lanes(self, policy: Any) -> tuple[int, int]:
@@ -218,15 +225,16 @@ class Replay:
         stride, budget = self.request.stride, int(c.budget.max())
         if c.lossy and c.selects:
             budget = stride  # a read set saves bandwidth, not memory
-        prompt = -(-self.request.prompt_tokens // self.request.page_size)
-        held = min(stride, max(prompt, budget) + (c.policy.lag if c.lossy else 1)) * s.page_bytes
+        prompt = pages(self.request.prompt_tokens, self.request.page_size)
+        late = pages(self.request.output_tokens, self.request.page_size) if c.policy.once else c.policy.lag
+        held = min(stride, max(prompt, budget) + (late if c.lossy else 1)) * s.page_bytes
         if c.lossy:
             return {"gpu": held}
         layer = s.page_bytes / s.shape.layers
         staged = min(int(s.hardware.gpu.staging_layers), s.shape.layers) * (stride - budget) * layer
-        below = {name: stride if (pages := s.tier(name)) is None else min(stride, pages) for name in ("host", "ssd")}
+        below = {name: stride if (most := s.tier(name)) is None else min(stride, most) for name in ("host", "ssd")}
         below["ssd"] = min(below["ssd"], stride - below["host"])
-        return {"gpu": held + staged, **{name: pages * s.page_bytes for name, pages in below.items()}}
+        return {"gpu": held + staged, **{name: n * s.page_bytes for name, n in below.items()}}
 
     def decides(self, a: Access) -> bool:
         """Does the policy have to choose in this step?"""
@@ -235,11 +243,11 @@ class Replay:
             return False
         if a.prefill:
             return c.evicts and (c.policy.cut_prompt or not c.lossy)
-        return not c.lossy or a.step % c.policy.lag == 0
+        return not c.lossy or (not c.policy.once and a.step % c.policy.lag == 0)
 
     def __iter__(self) -> Iterator[tuple[Access, Outcome]]:
         """Prefill first; the arrays of an Access are overwritten by the next one."""
-        for access in self.request.accesses():
+        for access in self.request.accesses(vectors=bool(self.cache.policy.needs & VECTORS)):
             outcome = self.cache.access(access)
             if self._wants_ceiling and not access.prefill:
                 self._ceiling(access, outcome)

@@ -7,7 +7,7 @@ still counted in the step it leaves after.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,8 @@ class Cache(Lanes):
     and the policy sees rows renormalised over what is left. `use`: when a page counts as used; in the offload
     regime `demand` takes its place and says what a step needs (None: the policy's read set). `rates`, `facts` (asked
     when a policy first wants one): what the view shows of the machine and of each key. `audit`: recount the table
-    after every step. `record`: list every page that moves (offload regime).
+    after every step. `record`: list every page that moves (offload regime). `watch(access, read)`, if set, is called
+    in every step when attention has looked: `read`, bool [lanes, slots], are the pages that it saw.
 
     Raises ConfigError for a budget below what is protected, or tiers that cannot hold the request.
     """
@@ -70,6 +71,7 @@ class Cache(Lanes):
         self._found = np.empty(self.rows, np.int64)
         self._renormalise = self.lossy and policy.rows == "visible"
         self._cut = False  # has the budget been enforced yet?
+        self.watch: Callable[[Access, np.ndarray], None] | None = None
 
     def _check(self, capacity: Capacity) -> None:
         head, tail = self.protected()
@@ -93,14 +95,15 @@ class Cache(Lanes):
     def access(self, a: Access) -> Outcome:
         """One step. Raises PolicyError when the policy breaks its contract."""
         row, peak = a.row.reshape(self.rows, -1), a.peak.reshape(self.rows, -1)
-        self.view.now, self.view.keys, self.view.tokens = a.step, a.keys, a.tokens
+        self.view.now, self.view.keys, self.view.tokens, self.view.vectors = a.step, a.keys, a.tokens, a.vectors
         limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
         out = Outcome.blank(self.rows, self.shape[0])
         kernels.row_totals(row, peak, a.keys, *limits, out.total, out.used)
         self._enter(a)
         seen = self._read_set()
-        if self.tiers:
-            self._demand(row, peak, seen, limits, a.keys, out)
+        read = self._demand(row, peak, seen, limits, a.keys, out) if self.tiers else None
+        if self.watch:
+            self.watch(a, seen >= 0 if read is None else read)
         out.held = np.full(self.lanes, a.keys) if a.prefill else self.table.resident()
         self._touch(a, row, peak, seen, limits)
         if self.lossy:
@@ -108,6 +111,7 @@ class Cache(Lanes):
             out.read[:] = self.sum_layers(self.table.filled()) if seen is self.table.key else self.by_layer(seen >= 0)
         self.call("observe", self.view, optional=True)
         self._settle(a, out)
+        self.view.prompt = None
         out.resident = self.table.resident()
         if self.auditing:
             self.audit(a)
@@ -141,8 +145,8 @@ class Cache(Lanes):
         mask = self.broadcast(chosen, "a read set", np.bool_) | (key < head) | (key >= self.view.keys - tail)
         return np.where(mask, key, np.int32(-1))
 
-    def _demand(self, row, peak, seen, limits, keys: int, out: Outcome) -> None:
-        """Find what the step reads and what of it is not on the GPU, and bring that up."""
+    def _demand(self, row, peak, seen, limits, keys: int, out: Outcome) -> np.ndarray:
+        """Find what the step reads and bring up what of it is not on the GPU; returns the mask of what it reads."""
         assert self.tiers
         t = self.table
         missing, read = np.empty(t.key.shape, bool), np.empty(t.key.shape, bool)
@@ -152,6 +156,7 @@ class Cache(Lanes):
         )  # fmt: skip
         out.read[:] = self.by_layer(read)
         self.tiers.demand(missing, read, keys, out)
+        return read
 
     def _touch(self, a: Access, row, peak, seen, limits) -> None:
         t = self.table
@@ -195,12 +200,12 @@ class Cache(Lanes):
             colmax=pooled(p.colmax),
             rows=pooled(p.rows),
             peaks=locked(p.peaks),
+            span_sums=pooled(p.span_sums),
         )
 
     # -- bringing tiers down to their capacity ------------------------------------------------------------------
 
     def _settle(self, a: Access, out: Outcome) -> None:
-        self.view.prompt = None
         ahead = self.tiers.prefetch() if self.tiers else None
         if self.evicts and self._due(a):
             self._settle_gpu(a, out)
@@ -211,13 +216,15 @@ class Cache(Lanes):
             self.tiers.settle(a, out)
 
     def _due(self, a: Access) -> bool:
-        """A lag delays decisions where pages are gone for good.
+        """A lag delays decisions where pages are gone for good, and `once` leaves it at the first one.
 
         The GPU of the offload regime is full when it is full.
         """
         if not self.lossy:
             return True
-        return self.policy.cut_prompt if a.prefill else a.step % self.policy.lag == 0
+        if a.prefill:
+            return self.policy.cut_prompt
+        return not self.policy.once and a.step % self.policy.lag == 0
 
     def _settle_gpu(self, a: Access, out: Outcome) -> None:
         self._split()
@@ -247,4 +254,5 @@ class Cache(Lanes):
         self.table.audit()
         if self._cut:
             late = self.policy.lag - 1 if self.lossy else 0
+            late = a.step if self.lossy and self.policy.once else late
             assert (self.table.resident() <= np.maximum(self.budget, 1) + late).all(), "over budget"

@@ -7,6 +7,7 @@ a table lane.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ class Lanes:
         self.shape = {"head": (layers, heads), "layer": (layers, 1), "token": (1, 1)}[policy.granularity]
         self.lanes, self.rows = self.shape[0] * self.shape[1], layers * heads
         self.row_lanes, self.stride, self.page_size, self.policy = row_lanes, stride, page_size, policy
+        self.policy_seconds = 0.0  # wall time spent in hooks
         self.budget = np.full(self.lanes, min(budget, stride) if policy.bounded else stride, np.int64)
         self.table = Table(self.lanes, 0, {})
         self.view = View(self.table, self.shape, page_size, seed, rates, facts)
@@ -63,7 +65,10 @@ class Lanes:
 
     def call(self, method: str, *arguments: Any, of: Any = None, optional: bool = False) -> Any:
         """What a hook of the policy (or of `of`) answers; None for an optional one that is not defined."""
-        return hooks.call(of or self.policy, method, *arguments, now=self.view.now, optional=optional)
+        begin = time.perf_counter()
+        answer = hooks.call(of or self.policy, method, *arguments, now=self.view.now, optional=optional)
+        self.policy_seconds += time.perf_counter() - begin
+        return answer
 
     def broadcast(self, value: Any, what: str, dtype: Any, slots: int | None = None, of: Any = None) -> np.ndarray:
         """What a hook returned, as [lanes, slots]."""

@@ -19,7 +19,10 @@ COLUMNS = ("key", "copies", "born", "arrived", "last", "uses", "mass", "weights"
 
 
 class Table:
-    """Columns [lanes, slots]; `private` holds the columns a policy asked for, in the same shape."""
+    """Columns [lanes, slots]; `private` holds the columns a policy asked for, in the same shape.
+
+    A private column of a subarray type, such as ("u8", 7), has that axis last.
+    """
 
     def __init__(self, lanes: int, slots: int, private: dict[str, Any]):
         self.lanes, self.slots = lanes, slots
@@ -77,13 +80,13 @@ class Table:
 
     def resized(self, slots: int) -> Table:
         """The same pages, in key order, in a table of `slots` lines."""
-        new = Table(self.lanes, slots, {name: c.dtype for name, c in self.private.items()})
+        new = Table(self.lanes, slots, {name: (c.dtype, c.shape[2:]) for name, c in self.private.items()})
         order = np.argsort(np.where(self.key < 0, np.iinfo(np.int32).max, self.key), axis=1, kind="stable")[:, :slots]
         n = order.shape[1]
         for name in COLUMNS:
             getattr(new, name)[:, :n] = np.take_along_axis(getattr(self, name), order, 1)
         for name, column in self.private.items():
-            new.private[name][:, :n] = np.take_along_axis(column, order, 1)
+            new.private[name][:, :n] = column[np.arange(self.lanes)[:, None], order]
         new.free_count[:] = np.count_nonzero(new.key < 0, axis=1)
         return new
 

@@ -15,10 +15,11 @@ from kvsim.errors import ConfigError, PolicyError
 if TYPE_CHECKING:
     from kvsim.cache.future import Future
     from kvsim.cache.table import Table
-    from kvsim.trace.access import Prompt
+    from kvsim.trace.access import Prompt, Seen
 
 Facts = Callable[[], Mapping[str, np.ndarray]]  # what a trace knows of each key, arrays [stride]
 _PUBLIC = ("key", "born", "arrived", "last", "uses", "mass", "weights")
+_HISTORY = ("born", "arrived", "last", "uses", "mass")  # what a cache would have to keep for the policy
 
 
 class View:
@@ -29,18 +30,11 @@ class View:
     `size` (in pages), `wanted` (waiting requests ahead of the first that will refer to it; large if none), private
     columns by `view["name"]`, facts of the trace about each key by `view.fact("tokens")`. Scalars: `now` (step),
     `keys` (pages that exist), `tokens`, `newest` (largest key), `page_size` (tokens). `budget`: int64
-    [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics at prefill, else None. `seed`, `rng`: the run's
+    [layers, kv_heads, 1], pages. `prompt`: the prompt's statistics at prefill, else None. `vectors`: q, k and v
+    of every token so far for a policy that `needs` them, else None. `seed`, `rng`: the run's
     seed and a generator made from it. `rates`: bytes/s from "host" and "ssd" to the GPU, tokens/s of "recompute" (all
     layers); empty where no machine is known.
     """
-
-    key: np.ndarray
-    born: np.ndarray
-    arrived: np.ndarray
-    last: np.ndarray
-    uses: np.ndarray
-    mass: np.ndarray
-    weights: np.ndarray
 
     def __init__(
         self,
@@ -57,19 +51,44 @@ class View:
         self._ask, self._known = facts, cast("Mapping[str, np.ndarray] | None", None)
         self.now, self.keys, self.tokens = 0, 0, 0
         self.prompt: Prompt | None = None
+        self.vectors: Seen | None = None
         self.budget = np.zeros((*shape, 1), np.int64)
+        self.asked: set[str] = set()  # columns that the policy has looked at
         self.bind(table)
 
     def bind(self, table: Table) -> None:
         """Show another table (after it grew or shrank)."""
         self._table = table
-        for name in _PUBLIC:
-            setattr(self, name, locked(getattr(table, name).reshape(*self.shape, table.slots)))
+        self._columns = {n: locked(getattr(table, n).reshape(*self.shape, table.slots)) for n in _PUBLIC}
         self._copies = locked(table.copies.reshape(*self.shape, table.slots))
-        self._private = {n: c.reshape(*self.shape, table.slots) for n, c in table.private.items()}
+        self._private = {n: c.reshape(*self.shape, *c.shape[1:]) for n, c in table.private.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            column = self.__dict__["_columns"][name]
+        except KeyError:
+            raise AttributeError(f"a view has no {name}") from None
+        self.asked.add(name)
+        return column
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._private[name]
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """What `values` [layers, kv_heads, keys] (or broadcastable) say of each page, in the shape of the columns.
+
+        Empty lines show key 0.
+        """
+        values = np.broadcast_to(values, (*self.shape, values.shape[-1]))
+        return np.take_along_axis(values, np.maximum(self._columns["key"], 0), -1)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the policy keeps per page: its private columns, and those of the table's history it looked at."""
+        kept = [c for n, c in self._columns.items() if n in self.asked and n in _HISTORY]
+        return sum(c.dtype.itemsize for c in kept) + sum(
+            c.dtype.itemsize * int(np.prod(c.shape[3:])) for c in self._private.values()
+        )
 
     @property
     def resident(self) -> np.ndarray:

@@ -22,8 +22,8 @@ def check_policy(spec: str) -> list[str]:
     """What is wrong with an eviction or offload policy, in words; empty when nothing is.
 
     `spec` is a spec string. Small traces are replayed in every regime the policy declares: once as they are, once
-    again, once with pages moved to other slots and once with a table that grows. A policy that needs queries, keys
-    or values is checked for form only.
+    again, once with pages moved to other slots and once with a table that grows. A policy that needs what they do
+    not have is checked for form only.
     """
     try:
         kind, cls = _find(registry.parse_spec(spec).name)
@@ -31,7 +31,8 @@ def check_policy(spec: str) -> list[str]:
     except KvsimError as error:
         return [str(error)]
     problems = _form(instance, kind, cls)
-    if problems or (kind == "policy" and instance.needs - {"colsum", "colsq", "window_rows"}):
+    trace = tiny_trace()
+    if problems or (kind == "policy" and instance.needs - trace.provides):
         return problems
     for regime in ("lossy", "offload") if kind == "policy" else ("offload",):
         if kind == "offload" or regime in instance.regimes:
@@ -73,7 +74,7 @@ def _form(instance: Any, kind: str, cls: type) -> list[str]:
 
 def _is_dtype(value: Any) -> bool:
     try:
-        return value is not None and np.dtype(value).kind in "biuf"
+        return value is not None and np.dtype(value).base.kind in "biuf"
     except TypeError:
         return False
 
@@ -201,7 +202,7 @@ def moved(table: Table, rng: np.random.Generator) -> Table:
     order = rng.permuted(np.tile(np.arange(table.slots), (table.lanes, 1)), axis=1)
     for name in COLUMNS:
         setattr(new, name, np.take_along_axis(getattr(new, name), order, 1))
-    new.private = {name: np.take_along_axis(c, order, 1) for name, c in new.private.items()}
+    new.private = {name: c[np.arange(table.lanes)[:, None], order] for name, c in new.private.items()}
     for lane, count in enumerate(new.free_count):
         new.free[lane, :count] = np.flatnonzero(new.key[lane] < 0)
     return new

@@ -53,7 +53,7 @@ class ReferenceCache:
     def access(self, a: Access) -> SimpleNamespace:
         """One step: `missing` (bool by key), `spilled` by tier, `dropped`, and the mass `hit` by row lane."""
         v, self.a = self.v, a
-        v.now, v.keys, v.prompt = a.step, a.keys, None
+        v.now, v.keys, v.tokens, v.vectors, v.prompt = a.step, a.keys, a.tokens, a.vectors, None
         self.out = SimpleNamespace(missing=np.zeros(v.key.shape, bool), spilled=[0, 0, 0], dropped=0)
         self.row, self.peak = (x.reshape(*self.shape, self.group, -1) for x in (a.row, a.peak))
         self.used = self._used(a.peak, a.keys, a.visible, a.first)
@@ -72,9 +72,9 @@ class ReferenceCache:
         self._prefill(a) if a.prefill else self._touch(a, seen)
         if hasattr(self.policy, "observe"):
             self.policy.observe(v)
-        v.prompt = None
         if hasattr(self.policy, "score") and not (self.offload is None and self.selects):
             self._settle(a)
+        v.prompt = None
         return self.out
 
     def _used(self, peak, keys, *seen):
@@ -143,7 +143,7 @@ class ReferenceCache:
 
     def _settle(self, a):
         p, v = self.policy, self.v
-        due = self.offload is not None or (p.cut_prompt if a.prefill else a.step % p.lag == 0)
+        due = self.offload is not None or (p.cut_prompt if a.prefill else not p.once and a.step % p.lag == 0)
         if due and hasattr(p, "split"):
             v.budget = np.clip(np.broadcast_to(p.split(v), v.budget.shape), 1, v.key.shape[-1])
         leaving = np.zeros(v.key.shape, bool)

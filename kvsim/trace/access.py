@@ -50,7 +50,9 @@ class Prompt:
     `colsum`, `colsq`, `colmax`: float32 [layers, kv_heads, keys], over all prompt rows.
     `rows`: float32 [rows, layers, kv_heads, keys], the last stored prompt rows, oldest first; the last
     one belongs to the last prompt token. `peaks`: the largest single-token weight, same shape.
-    `visible`: int32 [rows, layers], tokens each of those rows could see.
+    `visible`: int32 [rows, layers], tokens each of those rows could see. `spans`: int32 [spans, 2], first token and one
+    past the last of each span, and `span_sums`: float32 [spans, layers, kv_heads, keys], column sums over the rows of
+    that span alone; None where the trace has no spans.
     """
 
     colsum: np.ndarray
@@ -59,6 +61,34 @@ class Prompt:
     rows: np.ndarray
     peaks: np.ndarray
     visible: np.ndarray
+    spans: np.ndarray | None = None
+    span_sums: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """q, k (after rotation) and v of some tokens of one layer: [heads, tokens, head_dim]."""
+
+    step: int  # 0 for the prompt
+    layer: int
+    positions: np.ndarray  # int32 [tokens]: position ids
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+
+@dataclass(frozen=True)
+class Seen:
+    """q, k (after rotation) and v of every token so far, grouped by KV head, in the precision of the trace.
+
+    `q`: [layers, kv_heads, group, tokens, head_dim]; `k`, `v`: [layers, kv_heads, tokens, head_dim]; `positions`: int32
+    [tokens], position ids. The last token is the one whose query this step is. Read-only views of buffers that grow.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    positions: np.ndarray
 
 
 @dataclass(slots=True)
@@ -79,6 +109,7 @@ class Access:
     first: np.ndarray  # int32 [layers of the view]: first key the layer's query can see (sliding window)
     visible: np.ndarray  # int32 [layers of the view]: tokens the layer's query can see
     prompt: Prompt | None = None
+    vectors: Seen | None = None  # where they were asked for
 
     @property
     def prefill(self) -> bool:
@@ -104,6 +135,8 @@ class PromptRows:
     colmax: np.ndarray | None
     rows: np.ndarray
     kv_lo: np.ndarray
+    spans: np.ndarray | None = None
+    span_sums: np.ndarray | None = None
 
 
 class Source:
@@ -113,6 +146,12 @@ class Source:
     prompt_tokens: int
     output_tokens: int  # decode rows
     facts: Mapping[str, Any]  # "tokens", "span" (per token), "need" (gold sources per decode step), ... where known
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What a policy may name in `needs`: "colsum", "colsq", "colmax", "window_rows" and "spans" of the prompt, "q",
+        "k", "v" of every token, and the names of facts."""
+        raise NotImplementedError
 
     def prompt(self) -> PromptRows:
         raise NotImplementedError
@@ -127,8 +166,8 @@ class Source:
             layer, head, position = np.nonzero(t.row[..., : t.kv_hi])
             yield t.step, layer, head, position, t.row[layer, head, position]
 
-    def vectors(self) -> Iterator[Any]:
-        """q, k and v per step and layer, where they were captured."""
+    def vectors(self) -> Iterator[Vectors]:
+        """q, k and v layer by layer for the prompt, then step by step, where they were captured."""
         raise TraceError("the trace holds no q, k and v", hint="capture it with --vectors")
 
 
@@ -168,10 +207,14 @@ class Request:
         per_token = {name: x[: self.tokens] for name, x in known.items() if x.ndim == 1 and len(x) >= self.tokens}
         return {name: x[:: self.page_size] for name, x in per_token.items()}
 
-    def accesses(self) -> Iterator[Access]:
-        """Prefill, then one access per decode step. Buffers are reused: copy what must outlive a step."""
+    def accesses(self, vectors: bool = False) -> Iterator[Access]:
+        """Prefill, then one access per decode step. Buffers are reused: copy what must outlive a step.
+
+        `vectors`: with q, k and v of every token so far. Raises TraceError where the trace does not hold them.
+        """
         source, size = self.source, self.page_size
         stats = source.prompt()
+        seen = _Vectors(source, stats.rows.shape[1:3], self.tokens) if vectors else _none
         prompt = self._prompt(stats)
         n = self.prompt_tokens
         keys = -(-n // size)
@@ -180,7 +223,7 @@ class Request:
         row[..., :keys] = prompt.rows[-1]
         peak[..., :keys] = prompt.peaks[-1]
         first, visible = self._seen(stats.kv_lo[-1], n)
-        yield Access(0, row, peak, keys, n, keys, first, visible, prompt)
+        yield Access(0, row, peak, keys, n, keys, first, visible, prompt, seen(0, n))
         for t in source.token_rows():
             before, keys = keys, -(-t.kv_hi // size)
             if size == 1 and self.pool == "head":
@@ -188,7 +231,8 @@ class Request:
             else:
                 pooled = _pool(t.row, self.pool)
                 _page(pooled, size, t.kv_hi, row, peak)
-            yield Access(t.step, row, peak, keys, t.kv_hi, keys - before, *self._seen(t.kv_lo, t.kv_hi))
+            limits = self._seen(t.kv_lo, t.kv_hi)
+            yield Access(t.step, row, peak, keys, t.kv_hi, keys - before, *limits, None, seen(t.step, t.kv_hi))
 
     def _seen(self, kv_lo: np.ndarray, kv_hi: int) -> tuple[np.ndarray, np.ndarray]:
         """First visible key and number of visible tokens, per layer of the view."""
@@ -216,7 +260,49 @@ class Request:
             rows=paged(stats.rows),
             peaks=paged(stats.rows, peaks=True),
             visible=visible,
+            spans=stats.spans,
+            span_sums=None if stats.span_sums is None else paged(stats.span_sums),
         )
+
+
+class _Vectors:
+    """A request's q, k and v, gathered as they come."""
+
+    def __init__(self, source: Source, lanes: tuple[int, ...], tokens: int):
+        self._source, self._lanes, self._tokens = source, lanes, tokens
+        self._lines = source.vectors()
+        self._next: Vectors | None = next(self._lines, None)
+        self._filled = np.zeros(lanes[0], np.int64)
+        self._positions = np.zeros(tokens, np.int32)
+        self._buffers: tuple[np.ndarray, ...] = ()
+
+    def __call__(self, step: int, tokens: int) -> Seen:
+        """Everything up to and including `step`, of `tokens` tokens. Raises TraceError where some are missing."""
+        while self._next is not None and self._next.step <= step:
+            self._add(self._next)
+            self._next = next(self._lines, None)
+        if (self._filled != tokens).any():
+            raise TraceError(f"request {self._source.id}, step {step}: q, k and v of {tokens} tokens are not complete")
+        arrays = [x[..., :tokens, :] for x in self._buffers] + [self._positions[:tokens]]
+        for x in arrays:
+            x.flags.writeable = False
+        return Seen(*arrays)
+
+    def _add(self, line: Vectors) -> None:
+        heads, size = self._lanes[1], line.q.shape[-1]
+        if not self._buffers:
+            group = len(line.q) // heads
+            shapes = [(*self._lanes, group, self._tokens, size), *2 * [(*self._lanes, self._tokens, size)]]
+            self._buffers = tuple(np.zeros(shape, line.k.dtype) for shape in shapes)
+        start = self._filled[line.layer]
+        end = self._filled[line.layer] = start + len(line.positions)
+        for buffer, new in zip(self._buffers, (line.q, line.k, line.v), strict=True):
+            buffer[line.layer, ..., start:end, :] = new.reshape(*buffer.shape[1:-2], -1, size)
+        self._positions[start:end] = line.positions
+
+
+def _none(step: int, tokens: int) -> None:
+    return None
 
 
 def _pool(a: np.ndarray, pool: str) -> np.ndarray:
@@ -281,6 +367,11 @@ class Trace:
         g, (layers, heads) = self.geometry, self.lanes
         return self.page_size * g.token_bytes * (g.layers * g.kv_heads) / (layers * heads)
 
+    @property
+    def provides(self) -> frozenset[str]:
+        """What every request of the trace can serve: see `Source.provides`."""
+        return frozenset.intersection(*(s.provides for s in self.sources)) if self.sources else frozenset()
+
     def requests(self) -> list[Request]:
         return [Request(s, self.page_size, self.pool) for s in self.sources]
 
@@ -324,20 +415,49 @@ class DenseSource(Source):
 
     `prompt_rows`: float32 [prompt, layers, kv_heads, prompt], lower-triangular in the first and last axis.
     `decode_rows`: float32 [steps, layers, kv_heads, prompt + steps]; row i sees keys 0 .. prompt + i.
+    `vectors`: q [layers, query heads, tokens, head_dim], k and v [layers, kv_heads, tokens, head_dim].
+    `spans`: (first, one past the last) token of each span of the prompt.
     """
 
     def __init__(
-        self, prompt_rows: np.ndarray, decode_rows: np.ndarray, id: int = 0, facts: Mapping[str, Any] | None = None
+        self,
+        prompt_rows: np.ndarray,
+        decode_rows: np.ndarray,
+        id: int = 0,
+        facts: Mapping[str, Any] | None = None,
+        vectors: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+        spans: Sequence[tuple[int, int]] = (),
     ):
-        self.id, self.facts = id, dict(facts or {})
+        self.id, self.facts, self._vectors = id, dict(facts or {}), vectors
+        self._spans = np.array(spans, np.int32).reshape(-1, 2)
         self._prompt = np.asarray(prompt_rows, np.float32)
         self._decode = np.asarray(decode_rows, np.float32)
         self.prompt_tokens = self._prompt.shape[0]
         self.output_tokens = self._decode.shape[0]
 
+    @property
+    def provides(self) -> frozenset[str]:
+        own = {"colsum", "colsq", "colmax", "window_rows", *self.facts}
+        return frozenset(
+            own | ({"q", "k", "v"} if self._vectors else set()) | ({"spans"} if len(self._spans) else set())
+        )
+
     def prompt(self) -> PromptRows:
         p = self._prompt
-        return PromptRows(p.sum(0), (p * p).sum(0), p.max(0), p, np.zeros(p.shape[:2], np.int32))
+        sums = np.stack([p[a:z].sum(0) for a, z in self._spans]) if len(self._spans) else None
+        spans = None if sums is None else self._spans
+        return PromptRows(p.sum(0), (p * p).sum(0), p.max(0), p, np.zeros(p.shape[:2], np.int32), spans, sums)
+
+    def vectors(self) -> Iterator[Vectors]:
+        if self._vectors is None:
+            yield from super().vectors()
+            return
+        n = self.prompt_tokens
+        for step in range(self.output_tokens + 1):
+            part = slice(n + step - 1, n + step) if step else slice(0, n)
+            for layer, (q, k, v) in enumerate(zip(*self._vectors, strict=True)):
+                positions = np.arange(part.start, part.stop, dtype=np.int32)
+                yield Vectors(step, layer, positions, q[:, part], k[:, part], v[:, part])
 
     def token_rows(self) -> Iterator[TokenRow]:
         lo = np.zeros(self._decode.shape[1], np.int32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from kvsim.errors import TraceError
-from kvsim.trace.access import PromptRows, Source, TokenRow, Trace
+from kvsim.trace.access import PromptRows, Source, TokenRow, Trace, Vectors
 from kvsim.trace.files import AGAIN, geometry, group_steps, open_parquet, read_groups, read_manifest, read_table
 from kvsim.trace.group import Group
 from kvsim.trace.layout import KEYS, attention_name, planes, spans_name, vectors_name
@@ -52,18 +51,6 @@ def open_trace(path: str | os.PathLike) -> Trace:
     return Trace(sources, geometry(manifest), manifest["fingerprint"], path.stem, manifest=manifest, path=str(path))
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """q, k (after rotation) and v of some tokens of one layer: float16 [heads, tokens, head_dim]."""
-
-    step: int  # 0 for the prompt
-    layer: int
-    positions: np.ndarray  # int32 [tokens]: position ids
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-
-
 class FileSource(Source):
     """One request of a trace directory."""
 
@@ -95,6 +82,13 @@ class FileSource(Source):
                 facts["span"][start:end] = span
         return facts
 
+    @cached_property
+    def provides(self) -> frozenset[str]:  # type: ignore[override]
+        known = dict(zip(("colsum", "colsq", "colmax"), self._statistics(), strict=True))
+        names = {"window_rows", *(name for name, x in known.items() if x is not None), *self.facts}
+        names |= {"q", "k", "v"} if vectors_name(self.id) in self.manifest["files"] else set()
+        return frozenset(names | ({"spans"} if (self.path / spans_name(self.id)).is_file() else set()))
+
     def prompt(self) -> PromptRows:
         colsum, colsq, colmax = self._statistics()
         if colsum is None:
@@ -113,7 +107,21 @@ class FileSource(Source):
             del group
         if (kv_lo < 0).any():
             raise self._broken("a prompt row is missing")
-        return PromptRows(colsum, colsq, colmax, rows, kv_lo)
+        return PromptRows(colsum, colsq, colmax, rows, kv_lo, *self._span_sums())
+
+    def _span_sums(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Bounds int32 [spans, 2] and column sums float32 [spans, layers, kv_heads, prompt], or None twice."""
+        path, m = self.path / spans_name(self.id), self.manifest
+        if not path.is_file():
+            return None, None
+        table = read_table(path, ("span", "start", "end", "layer", "head", "colsum"))
+        count = 1 + int(np.max(table.column("span").to_numpy(), initial=-1))
+        bounds = np.zeros((count, 2), np.int32)
+        sums = np.zeros((count, m["layers"], m["kv_heads"], self.prompt_tokens), np.float32)
+        for line in table.to_pylist():
+            bounds[line["span"]] = line["start"], line["end"]
+            sums[line["span"], line["layer"], line["head"]] = np.frombuffer(line["colsum"], "<f4")
+        return bounds, sums
 
     def token_rows(self) -> Iterator[TokenRow]:
         return self._rows()
