@@ -33,6 +33,7 @@ _COMMON = {
     "columns": {},  # private per-page state: name -> dtype
     "batch": 1,  # pages to evict at once when full; the budget is never exceeded
     "lag": 1,  # decide every `lag` steps; may overshoot by lag - 1
+    "clock": "step",  # what `lag` counts: decode "step"s, or "token"s of the whole sequence
     "once": False,  # decides at the end of prefill alone: whatever is generated stays, beside the budget
     "granularity": "head",  # one decision per "head", "layer" or "token"
     "rows": "visible",  # weights it sees: renormalised over visible pages, or "full"
@@ -40,6 +41,7 @@ _COMMON = {
     "wraps": (),  # policies that this one holds: a wrapper's inner ones
     "files": (),  # files that it reads: their content is part of a run's identity
     "bounded": True,  # False: keeps everything, whatever the budget
+    "budget_free": False,  # the same score in caches of every size, given full rows: its curve is one pass
     "cut_prompt": True,  # is an over-long prompt cut at the end of prefill? (with offload it always is)
     "evidence": "own",  # code, abs, 3rd, mem, derived, own: see kvsim/policies/classic.py
     "regimes": ("lossy", "offload"),

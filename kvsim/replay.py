@@ -20,6 +20,7 @@ from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use, parse_demand, parse_use
 from kvsim.cache.future import Future
 from kvsim.cache.outcome import Outcome
+from kvsim.cache.quality import BLOCK, Quality, stranded
 from kvsim.cache.tiers import Capacity
 from kvsim.cache.view import pages
 from kvsim.config import RunConfig
@@ -176,9 +177,12 @@ def _shape(trace: Trace, model: str | None) -> ModelShape:
     return replace(shape_from_config(config), name=path.parent.name or path.stem)
 
 
-def new_cache(setting: Setting, request: Request, policy: Any, *, audit: bool = False, record: bool = False) -> Cache:
+def new_cache(
+    setting: Setting, request: Request, policy: Any, *, audit: bool = False, record: bool = False,
+    kind: type[Cache] = Cache,
+) -> Cache:  # fmt: skip
     """An empty cache for one request. Raises ConfigError for a budget or tiers that cannot work."""
-    return Cache(
+    return kind(
         setting.trace.lanes,
         request.stride,
         policy,
@@ -199,12 +203,15 @@ class Replay:
     """One request through its cache, step by step; pages only, no time.
 
     `ceiling`: in the lossy regime, also compute per step the most any cache of this budget could attend to.
-    `audit`: recount the table after every step, not only at the end. `record`: list every page that moves.
+    `quality`: there too, watch what `kvsim.cache.quality` measures, and count tokens gone in vain (`stranded`).
+    `audit`: recount the table after every step, not only at the end. `record`: list every page that moves. `kind`: what
+    is replayed, a cache of one budget or those of all (`kvsim.cache.stack`).
     """
 
     def __init__(
-        self, setting: Setting, request: Request, *, ceiling: bool = False, audit: bool = False, record: bool = False
-    ):
+        self, setting: Setting, request: Request, *, ceiling: bool = False, quality: bool = False,
+        audit: bool = False, record: bool = False, kind: type[Cache] = Cache,
+    ):  # fmt: skip
         self.request, self.setting, self._wants_ceiling = request, setting, ceiling and setting.lossy
         policy = setting.policy()
         self.lanes = setting.lanes(policy)
@@ -212,8 +219,13 @@ class Replay:
         if callable(getattr(policy, "foresee", None)):
             pool = setting.trace.pool if policy.granularity == "head" else policy.granularity
             policy.foresee(Future(replace(request, pool=pool), setting.predicate))
-        self.cache = new_cache(setting, request, policy, audit=audit, record=record)
+        self.cache = new_cache(setting, request, policy, audit=audit, record=record, kind=kind)
         self.ceiling = np.full(self.cache.rows, np.nan)
+        self.quality = Quality(self.cache, request.source.facts) if quality and setting.lossy else None
+        self.stranded = 0
+        self._vectors = bool(policy.needs & VECTORS) or (
+            self.quality is not None and setting.trace.pool == "head" and request.source.provides >= VECTORS
+        )
 
     def reserves(self) -> dict[str, float]:
         """Bytes by tier that this request may hold at most.
@@ -243,12 +255,15 @@ class Replay:
             return False
         if a.prefill:
             return c.evicts and (c.policy.cut_prompt or not c.lossy)
-        return not c.lossy or (not c.policy.once and a.step % c.policy.lag == 0)
+        clock = a.tokens if c.policy.clock == "token" else a.step
+        return not c.lossy or (not c.policy.once and clock % c.policy.lag == 0)
 
     def __iter__(self) -> Iterator[tuple[Access, Outcome]]:
         """Prefill first; the arrays of an Access are overwritten by the next one."""
-        for access in self.request.accesses(vectors=bool(self.cache.policy.needs & VECTORS)):
+        for access in self.request.accesses(vectors=self._vectors):
             outcome = self.cache.access(access)
+            if self.quality and self.request.page_size == 1:
+                self.stranded = stranded(self.cache.table.key, access.tokens, BLOCK)
             if self._wants_ceiling and not access.prefill:
                 self._ceiling(access, outcome)
             yield access, outcome

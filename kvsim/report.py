@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvsim.cache.quality import BLOCK
 from kvsim.config import RunConfig, run_config
 from kvsim.replay import Replay, prepare
 from kvsim.results import Result
@@ -157,6 +158,15 @@ def summary_rows(result: Result) -> list[tuple[str, str, str]]:
         rows.append(("mass hit rate", f"{s['mass_hit_rate']:.4f}", "attention mass found on the GPU"))
     else:
         rows.append(("recurrence loss", f"{s['recurrence_loss']:.4f}", "uses that found their page gone, of all uses"))
+    if math.isfinite(s["gold_loss"]):
+        rows.append(("gold-source loss", f"{s['gold_loss']:.4f}", "needed tokens gone, per token and lane"))
+    if math.isfinite(s["output_error"]):
+        rows.append(
+            ("output error", f"{s['output_error']:.4f}", "of attention's output, relative, mean of query heads")
+        )
+    if s["stranded_share"] > 0:
+        meaning = f"of tokens in blocks of {BLOCK} still held: gone, but not free"
+        rows.append(("stranded tokens", f"{s['stranded_share']:.1%}", meaning))
     tpot = f"{format_seconds(s['tpot_p50_s'])} / {format_seconds(s['tpot_p99_s'])}"
     rows += [
         ("TPOT p50 / p99", tpot, "per output token, predicted"),

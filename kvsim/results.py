@@ -35,7 +35,8 @@ STEPS = _schema(
     "request i4, step i4, start_s f8, end_s f8, compute_s f8, stall_s f8, submit_s f8, weight f8, attended f8, hit f8, "
     "ceiling f8, used_pages i8, found_pages i8, resident_pages i8, resident_bytes f8, held_bytes f8, read_bytes f8, "
     "fetched_host_bytes f8, fetched_ssd_bytes f8, prefetched_host_bytes f8, prefetched_ssd_bytes f8, rebuilt_pages i8, "
-    "spilled_host_bytes f8, spilled_ssd_bytes f8, dropped_pages i8"
+    "spilled_host_bytes f8, spilled_ssd_bytes f8, dropped_pages i8, gold_needed i8, gold_lost i8, gold_gone i8, "
+    "output_error f8, stranded_tokens i8"
 )
 REQUESTS = _schema(
     "request i4, prompt_tokens i4, output_tokens i4, admitted_s f8, first_token_s f8, finish_s f8, ttft_s f8, "
@@ -157,6 +158,10 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
         "page_hit_rate": ratio(s["found_pages"][d].sum(), used),
         "recurrence_loss": 1 - ratio(s["found_pages"][d].sum(), used),
         "lost_pages": int(used - s["found_pages"][d].sum()),
+        "gold_loss": share(s["gold_lost"][d].sum(), s["gold_needed"][d].sum()),
+        "gold_gone": int(s["gold_gone"][d].sum()),
+        "output_error": mean(s["output_error"][d]),
+        "stranded_share": share(s["stranded_tokens"][d].sum(), (s["stranded_tokens"] + s["resident_pages"])[d].sum()),
         "ceiling": ratio(s["ceiling"][d].sum(), weight) if np.isfinite(s["ceiling"][d]).all() else float("nan"),
         "tpot_p50_s": _quantile(gaps, 0.5),
         "tpot_p90_s": _quantile(gaps, 0.9),
@@ -182,6 +187,17 @@ def _token_gaps(s: Mapping[str, np.ndarray]) -> np.ndarray:
 def ratio(a: float, b: float) -> float:
     """a / b; 1 where there was nothing to find."""
     return float(a / b) if b else 1.0
+
+
+def share(a: float, b: float) -> float:
+    """a / b; NaN where there was nothing to count."""
+    return float(a / b) if b else float("nan")
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean of the numbers among `values`; NaN where there is none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _quantile(values: np.ndarray, q: float) -> float:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvsim import registry, results
+from kvsim import results
 from kvsim.cache.outcome import Outcome
 from kvsim.config import RunConfig, run_config
 from kvsim.errors import KvsimError
 from kvsim.machine.work import Record
+from kvsim.manifest import Crowd, manifest
 from kvsim.moves import Moves, plan_writer
 from kvsim.plan import PlanWriter
 from kvsim.replay import Replay, Setting, prepare
 from kvsim.results import Recorder, Result
 from kvsim.trace.access import Access, Trace
-from kvsim.units import format_bytes, parse_budget
 
 if TYPE_CHECKING:
     from kvsim.machine import Machine, Work
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
     from kvsim.machine.stream import Stream
 
 Progress = Callable[[int, int], None]
-CAVEAT = (
-    "open loop: attention was recorded with a full cache, so eviction does not change what is attended later; "
-    "recall is a proxy for quality"
-)
-_BASIS = {"fraction": "of each request's final length", "pages": "per lane", "bytes": "over all lanes"}
 LOADING, COMPILING = 10_000, 300_000  # layers times steps from which compiled code pays: loading it, and making it
 _SUMS = ("weight", "attended", "hit", "used_pages", "found_pages")
 
@@ -52,9 +47,10 @@ def run(
 ) -> Result:
     """Replay a trace against a policy on a machine.
 
-    `config`, or its keys as keywords: `run(trace, policy="h2o(recent=64)", budget="20%")`. `ceiling`: compute the step
-    ceiling too. `progress(done, total)` is told about decode steps. `export_plan`: also write the movement plan
-    (offload regime, one request, decisions by layer) to this file. Raises ConfigError, PolicyError, TraceError.
+    `config`, or its keys as keywords: `run(trace, policy="h2o(recent=64)", budget="20%")`. `ceiling`: in the lossy
+    regime, compute the step ceiling and what `kvsim.cache.quality` measures too. `progress(done, total)` is told about
+    decode steps. `export_plan`: also write the movement plan (offload regime, one request, decisions by layer) to this
+    file. Raises ConfigError, PolicyError, TraceError.
     """
     import simpy
 
@@ -73,7 +69,9 @@ def run(
             raise (copied.__cause__ if isinstance(copied.__cause__, KvsimError) else copied) from None
     machine.finish()
     tables = books.tables(machine, machine.now)
-    return Result(tables, _manifest(setting, tables, machine, books))
+    crowd = Crowd(books.peak, books.most, books.waited)
+    made = manifest(setting, tables, crowd, events=machine.events, state_bytes=books.state_bytes)
+    return Result(tables, made, {"policy_s": books.policy_s})
 
 
 def _machine(env: Any, setting: Setting) -> Machine | Stream:
@@ -114,7 +112,8 @@ def _serve(
     """Iteration-level batching: admit while there is room, prefill alone, then one decode step of all that runs."""
     requests = setting.trace.requests()
     total, done = sum(r.output_tokens for r in requests), 0
-    waiting = (Replay(setting, request, ceiling=ceiling, record=books.plan is not None) for request in requests)
+    watched: dict[str, Any] = {"ceiling": ceiling, "quality": ceiling, "record": books.plan is not None}
+    waiting = (Replay(setting, request, **watched) for request in requests)
     head = next(waiting, None)
     running: list[_Running] = []
     while head or running:
@@ -205,6 +204,17 @@ def _policy_seconds(setting: Setting, deciding: list[Replay]) -> float:
     return shape.layers * gpu.kernel_time + state / gpu.weight_bandwidth if deciding else 0.0
 
 
+def _lost(replay: Replay) -> dict[str, float]:
+    """What `Quality` found in the latest step; zeros and NaN where nobody watched."""
+    q = replay.quality
+    names = ("gold_needed", "gold_lost", "gold_gone")
+    return {
+        **{name: getattr(q, name) if q else 0 for name in names},
+        "output_error": q.output_error if q else float("nan"),
+        "stranded_tokens": replay.stranded,
+    }
+
+
 class _Books:
     """The tables of a run while it goes on."""
 
@@ -216,6 +226,8 @@ class _Books:
         self.peak = 0.0  # bytes on the GPU, over all requests that run
         self.most = 0  # requests that ran together
         self.waited = False  # did a request wait for memory that others held?
+        self.policy_s = 0.0  # wall time spent in the policies
+        self.state_bytes = 0  # that the policy keeps per page
 
     def together(self, running: list[_Running]) -> None:
         self.peak = max(self.peak, sum(r.held for r in running))
@@ -255,6 +267,7 @@ class _Books:
             spilled_host_bytes=lane @ o.spilled[1],
             spilled_ssd_bytes=lane @ o.spilled[2],
             dropped_pages=o.dropped,
+            **_lost(r.replay),
             **sums,
         )
 
@@ -284,6 +297,8 @@ class _Books:
             request_pages=request.stride,
             peak_bytes=r.peak,
         )
+        self.policy_s += r.replay.cache.policy_seconds
+        self.state_bytes = max(self.state_bytes, r.replay.cache.view.state_bytes)
 
     def tables(self, machine: Machine | Stream, now: float) -> dict[str, dict[str, np.ndarray]]:
         lanes, links = Recorder(results.LANES), Recorder(results.LINKS)
@@ -302,95 +317,3 @@ class _Books:
             )
         recorders = {"steps": self.steps, "requests": self.requests, "lanes": lanes, "links": links}
         return {name: recorder.arrays() for name, recorder in recorders.items()}
-
-
-def _manifest(
-    setting: Setting, tables: dict[str, dict[str, np.ndarray]], machine: Machine | Stream, books: _Books
-) -> dict[str, Any]:
-    """How the result was made. Everything here is a function of configuration, trace and code: no clock, no paths."""
-    policy, identity = setting.policy(), identify(setting)
-    constants = {key: [c.value, c.evidence, c.source] for key, c in setting.hardware.constants.items()}
-    return {
-        "schema": results.SCHEMA,
-        "id": results.run_id(identity),
-        **identity,
-        "hardware": {"name": setting.hardware.name, "constants": constants},
-        "model": vars(setting.shape),
-        "policy": {
-            "name": policy.spec_name,
-            "parameters": {f.name: getattr(policy, f.name) for f in fields(policy)},
-            "oracle": callable(getattr(policy, "foresee", None)),
-            "evidence": policy.evidence,
-            "granularity": policy.granularity,
-            "rows": policy.rows,
-        },
-        "budget_basis": _BASIS[parse_budget(setting.config.budget)[1]],
-        "budget_bytes": float(np.mean(tables["requests"]["budget_pages"])) * setting.page_bytes,
-        "evidence": "latency: predicted by the machine model from the constants above; " + CAVEAT,
-        "warnings": _warnings(setting, books.peak),
-        "notes": [*_notes(setting, policy, tables["requests"]), *_crowding(setting, books)],
-        "events": int(machine.events),
-        "summary": {**results.summarise(tables), "peak_bytes": books.peak, "running_peak": books.most},
-    }
-
-
-def _warnings(setting: Setting, peak: float) -> list[str]:
-    """What makes the numbers those of a machine that does not exist."""
-    weights, memory = setting.shape.weight_bytes, setting.hardware.gpu.memory
-    if weights + peak <= memory:
-        return []
-    need = f"{format_bytes(weights)} of weights and {format_bytes(peak)} of pages"
-    return [f"{need} are more than the GPU's {format_bytes(memory)}; the run goes on as if they fitted"]
-
-
-def _crowding(setting: Setting, books: _Books) -> list[str]:
-    if not books.waited:
-        return []
-    room = format_bytes(max(0.0, setting.memory["gpu"]))
-    return [
-        f"requests waited for memory: {books.most} of {setting.concurrency} ran together "
-        f"in the {room} that the weights leave on the GPU"
-    ]
-
-
-def _notes(setting: Setting, policy: Any, requests: dict[str, np.ndarray]) -> list[str]:
-    """What a reader of the numbers has to know."""
-    notes, shape, name = list(setting.notes), setting.shape, setting.config.policy
-    full = int((requests["budget_pages"] >= requests["request_pages"]).sum())
-    if full and policy.bounded:
-        total = len(requests["request"])
-        notes.append(f"{full} of {total} requests fit into the budget whole: there the cache is the full cache")
-    if setting.lossy and policy.lag > 1:
-        late = f"may hold {policy.lag - 1} pages per lane over the budget: see peak_bytes"
-        notes.append(f"{name} decides every {policy.lag} steps and {late}")
-    if setting.lossy and callable(getattr(policy, "select", None)):
-        notes.append(f"{name} reads the budget but holds every page: it saves bandwidth, not memory")
-    if setting.lossy and policy.rows == "visible" and setting.trace.manifest.get("heads") != "query":
-        notes.append(
-            "after eviction rows are renormalised per KV head, on the mean of its query heads: our variant of what the "
-            "published code sees per query head"
-        )
-    if not setting.lossy:
-        notes.append("demand is clairvoyant: a step waits for the pages its true attention weights name")
-    if setting.config.model is None and shape.layer_bytes < setting.hardware.gpu.weight_bandwidth * 1e-6:
-        notes.append(f"{shape.name} is so small that fixed kernel times are all there is; --model times another one")
-    return notes
-
-
-def identify(setting: Setting) -> dict[str, Any]:
-    """What decides a result: configuration and the files it names, trace content, version, source of the policies."""
-    from kvsim import __version__
-
-    trace, config = setting.trace, setting.config
-    loaded = {
-        "hardware": {key: c.value for key, c in setting.hardware.constants.items()},
-        "model": vars(setting.shape),
-        "offload": None if setting.lossy else registry.source_hash(registry.build(str(config.offload), "offload")),
-    }
-    return {
-        "config": config.model_dump(),
-        "trace": {"fingerprint": trace.fingerprint, "name": trace.name, "requests": len(trace.sources)},
-        "source": registry.source_hash(setting.policy()),
-        "loaded": results.digest(loaded),
-        "kvsim": __version__,
-    }

@@ -19,10 +19,11 @@ import numpy as np
 from kvsim import results
 from kvsim.config import parse_settings, read_toml, run_config
 from kvsim.errors import ConfigError, KvsimError, ResultError
+from kvsim.manifest import identify
 from kvsim.replay import prepare
 from kvsim.report import VERDICTS, bound, judge, metric
 from kvsim.results import Result, open_result
-from kvsim.simulate import identify, run
+from kvsim.simulate import run
 from kvsim.trace.access import Trace
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _SKIP = ("name", "trace", "sweep", "plot")
+_REFERENCES = ("belady", "mass-oracle", "optimal")  # that a run's regret is measured from, where the grid has them
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,22 @@ class Grid:
             }
             for r in self.runs
         ]
-        return [{**flat_config(r), **e} for r, e in zip(self.runs, extra, strict=True)]
+        rows = [{**flat_config(r), **e} for r, e in zip(self.runs, extra, strict=True)]
+        self._regret(rows)
+        return rows
+
+    def _regret(self, rows: list[dict[str, Any]]) -> None:
+        """What each reference in the grid reaches above a run, all else equal; below zero where it is beaten."""
+        key = self.metric
+        references = {(self._alike(row), row["policy"]): row[key] for row in rows if row["policy"] in _REFERENCES}
+        for row in rows:
+            for name in _REFERENCES:
+                best = references.get((self._alike(row), name), float("nan"))
+                row[f"regret_{name.replace('-', '_')}"] = best - row[key]
+            row["regret_ceiling"] = row["ceiling"] - row[key] if key == "recall" else float("nan")
+
+    def _alike(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{a}={row.get(a)}" for a in ("budget", *self.axes) if a != "policy")
 
     def to_pandas(self) -> pd.DataFrame:
         import pandas as pd

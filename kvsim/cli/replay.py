@@ -86,10 +86,10 @@ def run(
         keys = {k: v for k, v in chosen.resolved().model_dump().items() if v is not None}
         typer.echo(tomli_w.dumps({"trace": name, **keys}))
         return
+    from kvsim.manifest import identify
     from kvsim.replay import prepare
     from kvsim.report import compare
     from kvsim.results import check_free, run_id
-    from kvsim.simulate import identify
     from kvsim.simulate import run as simulate
 
     opened = open_named(name)
@@ -98,7 +98,7 @@ def run(
     with Wait(f"replaying {opened.name}") as wait:
         result = simulate(opened, chosen, progress=wait.update, export_plan=export_plan)
         comparison = compare(opened, result, wait.then("replaying the references")) if references else None
-    result.timing = {"wall_s": wait.seconds}
+    result.timing["wall_s"] = wait.seconds
     folder = result.save(output or Path("runs") / result.id)
     _print_run(result, comparison, wait.seconds)
     typer.echo(f"written to {folder}: manifest.json, steps.parquet, requests.parquet, lanes.parquet, links.parquet")

@@ -17,6 +17,10 @@ NAMES = {
     "page_hit_rate": "page hit rate (needed pages found on the GPU, share)",
     "recurrence_loss": "recurrence loss (uses of an evicted page, share of all uses)",
     "ceiling": "step ceiling (bound on recall, share)",
+    "gold_loss": "gold-source loss (needed tokens that are gone, share of tokens and lanes)",
+    "output_error": "output error (of attention's output, relative)",
+    "stranded_share": "stranded tokens (gone, but in a block that is still held, share)",
+    "state_bytes_per_page": "policy state (bytes per page and lane)",
     "stall_share": "stall share (GPU waiting for pages, share of decode time)",
     "tpot_p50_s": "median time per output token",
     "tpot_p90_s": "p90 time per output token",
@@ -49,6 +53,7 @@ TITLES = {
 }
 # What the full cache has by definition: it loses nothing.
 LOSSLESS = {"recall": 1.0, "mass_hit_rate": 1.0, "page_hit_rate": 1.0, "recurrence_loss": 0.0}
+LOSSLESS |= {"gold_loss": 0.0, "output_error": 0.0}
 _BASES = {
     "fraction": "budget (% of each request's final length)",
     "pages": "budget (pages per lane)",

@@ -98,7 +98,7 @@ def _lines(
     factor: float,
 ) -> list[Line]:
     """Rows that differ in nothing but x (or, where x is measured, the budget) make a line."""
-    measured = {"id", "oracle", "budget_bytes", *runs[0].summary}
+    measured = {k for k in rows[0] if k not in runs[0].manifest["config"] and not k.startswith("hardware.")}
     along = "budget" if x in measured else x
     step = columns.axis(along, [row[along] for row in rows])
     settings = [k for k in rows[0] if k not in (*measured, x, hue, along) and len({str(r[k]) for r in rows}) > 1]
