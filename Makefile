@@ -2,9 +2,10 @@
 PYTHON ?= python3
 DEMO := .venv-demo
 TEST := .venv-test
+PEERS := .venv-peers
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench golden clean
+.PHONY: demo test check bench golden peers clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/kvsim sweep experiments/demo.toml --jobs 2 -o runs/demo
@@ -25,6 +26,10 @@ bench: $(TEST)/installed
 golden: $(TEST)/installed
 	$(TEST)/bin/python -m tests.golden.make
 
+# Other implementations have pins of their own, hence an environment of their own and no constraints of ours.
+peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m pytest tests/peers --tables docs/peers.md
+
 $(DEMO)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/python -m pip install $(PIP_FLAGS) .
@@ -35,5 +40,10 @@ $(TEST)/installed: pyproject.toml constraints.txt
 	$(TEST)/bin/python -m pip install $(PIP_FLAGS) -e ".[capture,learn,dask,dev]"
 	touch $@
 
+$(PEERS)/installed: pyproject.toml tests/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(DEMO) $(TEST) runs build dist *.egg-info
+	rm -rf $(DEMO) $(TEST) $(PEERS) runs build dist *.egg-info

@@ -15,6 +15,7 @@ _HOME = {
     "Trace": "kvsim.trace.access",
     "run": "kvsim.simulate",
     "compare": "kvsim.report",
+    "curve": "kvsim.curves",
     "sweep": "kvsim.sweeps",
     "open_results": "kvsim.sweeps",
     "plot": "kvsim.figures",

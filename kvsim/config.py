@@ -22,8 +22,9 @@ class RunConfig(BaseModel):
 
     `budget`: "20%" of each request's final length, a number of pages per lane, or bytes over all lanes of a request.
     `use`: a share of the visible tokens, or "weight(1e-4)". `host`, `ssd`: bytes for all requests together; None
-    takes the hardware file's. `model`: time the run as this model (a name, or a Hugging Face config.json) instead of
-    the captured one. `constants`: hardware constants by dotted key, as in
+    takes the hardware file's. `gpu_format`, `host_format`, `ssd_format`: how each stores pages, "fp16" (the model's own
+    precision), "int4(group=64)", "kivi(...)" or "rotatekv(...)". `model`: time the run as this model (a name, or a
+    Hugging Face config.json) instead of the captured one. `constants`: hardware constants by dotted key, as in
     `--set hardware.link.h2d.bandwidth=50GB/s`.
     """
 
@@ -41,6 +42,9 @@ class RunConfig(BaseModel):
     model: str | None = None
     host: str | None = None
     ssd: str | None = None
+    gpu_format: str = "fp16"
+    host_format: str = "fp16"
+    ssd_format: str = "fp16"
     overlap: Literal["layer", "step", "none"] = "layer"
     concurrency: int = Field(1, ge=1)
     requests: list[int] | None = None

@@ -51,7 +51,7 @@ def manifest(setting: Setting, tables: Tables, crowd: Crowd, *, events: int, sta
             "rows": policy.rows,
         },
         "budget_basis": _BASIS[parse_budget(setting.config.budget)[1]],
-        "budget_bytes": float(np.mean(tables["requests"]["budget_pages"])) * setting.page_bytes,
+        "budget_bytes": float(setting.stored(np.mean(tables["requests"]["budget_pages"]))) * setting.page_bytes,
         "evidence": "latency: predicted by the machine model from the constants above; " + CAVEAT,
         "warnings": _warnings(setting, crowd.peak),
         "notes": [*_notes(setting, policy, tables["requests"]), *_crowding(setting, crowd)],
@@ -105,7 +105,7 @@ def _notes(setting: Setting, policy: Any, requests: Mapping[str, np.ndarray]) ->
             "after eviction rows are renormalised per KV head, on the mean of its query heads: our variant of what the "
             "published code sees per query head"
         )
-    if not setting.lossy:
+    if setting.demand is not None:
         notes.append("demand is clairvoyant: a step waits for the pages its true attention weights name")
     if setting.config.model is None and shape.layer_bytes < setting.hardware.gpu.weight_bandwidth * 1e-6:
         notes.append(f"{shape.name} is so small that fixed kernel times are all there is; --model times another one")

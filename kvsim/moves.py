@@ -24,6 +24,8 @@ def plan_writer(path: Path, setting: Setting) -> PlanWriter:
     if granularity == "head":
         hint = "decide by layer: --granularity layer"
         raise ConfigError("a plan moves pages of all KV heads, and the policy decides for each of them", hint=hint)
+    if not all(form.plain for form in setting.formats.values()):
+        raise ConfigError("a plan moves pages as they are, and a tier is quantised", hint="leave the formats at fp16")
     if len(requests) != 1:
         hint = f"choose one: --request {requests[0].id}"
         raise ConfigError(f"a plan is of one request, the run has {len(requests)}", hint=hint)

@@ -46,7 +46,7 @@ _COMMON = {
     "evidence": "own",  # code, abs, 3rd, mem, derived, own: see kvsim/policies/classic.py
     "regimes": ("lossy", "offload"),
 }
-_PROTECTION: dict[str, tuple[str, Any]] = {
+PROTECTION: dict[str, tuple[str, Any]] = {
     "sink": ("int", 0),
     "recent": ("int | str", 1),
     "protect_head": ("float", 0.0),
@@ -66,7 +66,7 @@ def policy(name: str) -> Callable[[type], type]:
         if not callable(getattr(cls, "score", None)) and not callable(getattr(cls, "select", None)):
             raise PolicyError(f'policy "{name}" has neither score(view) nor select(view)', where=_home(cls))
         own = dict(inspect.get_annotations(cls))
-        for key, (kind, default) in _PROTECTION.items():
+        for key, (kind, default) in PROTECTION.items():
             own.setdefault(key, kind)
             if not hasattr(cls, key):
                 setattr(cls, key, default)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from kvsim.config import RunConfig
 from kvsim.errors import ConfigError, PolicyError, TraceError
 from kvsim.machine import SHAPES, Hardware, ModelShape, shape_from_config, shape_from_geometry
 from kvsim.machine.compute import gemm_seconds
-from kvsim.trace.access import Access, Request, Trace
+from kvsim.machine.precision import Format, parse_format
+from kvsim.trace.access import VECTORS, Access, Request, Trace
 from kvsim.units import parse_budget, parse_bytes
 
-VECTORS = frozenset("qkv")
 CHUNK = 2048  # tokens, at which the rate of recomputation is stated
 
 
@@ -101,7 +102,8 @@ class Setting:
         if basis == "fraction":
             pages = round(pages * request.stride, 9)  # 29 % of 100 is 29, not 28.999...
         elif basis == "bytes":
-            pages = pages / self.page_bytes
+            whole = min(pages / self.page_bytes, self._whole)
+            pages = whole + (pages / self.page_bytes - whole) / self.ratio("gpu")
         if pages < 1:
             raise ConfigError(
                 f'a budget of "{self.config.budget}" is less than one page of {self.trace.page_size} tokens per lane '
@@ -117,11 +119,12 @@ class Setting:
 
     @property
     def rates(self) -> dict[str, float]:
-        """What a policy may know of the machine: bytes/s from each tier, tokens/s of recomputation."""
+        """What a policy may know of the machine: bytes/s (of unquantised pages) from each tier, tokens/s recomputed."""
         hardware, shape = self.hardware, self.shape
         layer = sum(gemm_seconds(hardware.gpu, g, CHUNK, shape.value_bytes) for g in shape.gemms)
         recompute = CHUNK / (shape.layers * layer)
-        return {"host": hardware.h2d.bandwidth, "ssd": hardware.ssd.read_bandwidth, "recompute": recompute}
+        host, ssd = hardware.h2d.bandwidth / self.ratio("host"), hardware.ssd.read_bandwidth / self.ratio("ssd")
+        return {"host": host, "ssd": ssd, "recompute": recompute}
 
     @property
     def memory(self) -> dict[str, float]:
@@ -132,8 +135,38 @@ class Setting:
 
     def tier(self, name: str) -> int | None:
         """Pages per lane of a lower tier, shared evenly by the requests that run together; None is unlimited."""
-        pages = self.memory[name] / self.concurrency / self.page_bytes
+        pages = self.memory[name] / self.concurrency / (self.page_bytes * self.ratio(name))
         return int(pages) if pages < 2**31 else None
+
+    # -- precision: what pages take where they are stored --------------------------------------------------------
+
+    @cached_property
+    def formats(self) -> dict[str, Format]:
+        """How each tier stores pages. Raises ConfigError for one that does not exist or does not fit the model."""
+        keys = {tier: f"{tier}_format" for tier in ("gpu", "host", "ssd")}
+        formats = {tier: parse_format(getattr(self.config, key), key) for tier, key in keys.items()}
+        for tier, form in formats.items():
+            form.check(self.shape.head_dim, keys[tier])
+        return formats
+
+    def ratio(self, tier: str) -> float:
+        """Bytes of a page in this tier over those at full precision; on the GPU, of one that is quantised."""
+        return self.formats[tier].ratio(self.shape.kv_bytes)
+
+    @property
+    def _whole(self) -> float:
+        """Pages per lane, the newest and the first, that a quantised cache on the GPU keeps at full precision."""
+        return self.formats["gpu"].kept / self.trace.page_size
+
+    def stored(self, pages: Any, lanes: int = 1) -> Any:
+        """How many pages at full precision take the bytes of `pages` on the GPU (numbers or arrays, of `lanes` each).
+
+        What a quantised cache keeps as it is, the newest tokens and the sinks, is taken to be among these pages.
+        """
+        if self.formats["gpu"].plain:
+            return pages
+        whole = np.minimum(pages, lanes * self._whole)
+        return whole + (pages - whole) * self.ratio("gpu")
 
 
 def prepare(trace: Trace, config: RunConfig) -> Setting:
@@ -157,9 +190,26 @@ def prepare(trace: Trace, config: RunConfig) -> Setting:
         setting.notes.append(f"{setting.concurrency} requests run together: the trace holds no more")
     for request in setting.trace.requests():  # what cannot work is said before hours of work
         new_cache(setting, request, setting.policy())
+    setting.notes.extend(_precision(setting))
     if setting.lossy and (config.host or config.ssd):
         setting.notes.append("host and ssd have no effect in the lossy regime: evicted pages are gone")
     return setting
+
+
+def _precision(setting: Setting) -> list[str]:
+    """What a reader has to know of quantised tiers."""
+    low = [tier for tier, form in setting.formats.items() if not form.plain]
+    notes = []
+    if low:
+        notes.append(
+            f"quantised on {', '.join(low)}: bytes and (derived) recoding time only; the error of the values is in no "
+            "score, `kvsim trace quantise` measures it"
+        )
+    if setting.lossy and {"host", "ssd"} & set(low):
+        notes.append("host_format and ssd_format have no effect in the lossy regime: evicted pages are gone")
+    elif setting.formats["host"] != setting.formats["ssd"]:
+        notes.append("a page that goes on from host to SSD is encoded anew by the CPU, whose time is not counted")
+    return notes
 
 
 def _shape(trace: Trace, model: str | None) -> ModelShape:
@@ -234,19 +284,21 @@ class Replay:
         buffers of fetched pages; below it every page of the request, the host first.
         """
         c, s = self.cache, self.setting
-        stride, budget = self.request.stride, int(c.budget.max())
+        stride = self.request.stride
+        budget = min(self.budget, stride) if c.policy.bounded else stride  # a split may have moved the cache's own
         if c.lossy and c.selects:
             budget = stride  # a read set saves bandwidth, not memory
         prompt = pages(self.request.prompt_tokens, self.request.page_size)
         late = pages(self.request.output_tokens, self.request.page_size) if c.policy.once else c.policy.lag
-        held = min(stride, max(prompt, budget) + (late if c.lossy else 1)) * s.page_bytes
+        held = min(stride, max(prompt, budget) + (late if c.lossy else 1))
+        held = s.stored(held) * s.page_bytes
         if c.lossy:
             return {"gpu": held}
-        layer = s.page_bytes / s.shape.layers
+        layer = s.page_bytes * s.ratio("gpu") / s.shape.layers
         staged = min(int(s.hardware.gpu.staging_layers), s.shape.layers) * (stride - budget) * layer
         below = {name: stride if (most := s.tier(name)) is None else min(stride, most) for name in ("host", "ssd")}
         below["ssd"] = min(below["ssd"], stride - below["host"])
-        return {"gpu": held + staged, **{name: n * s.page_bytes for name, n in below.items()}}
+        return {"gpu": held + staged, **{name: n * s.page_bytes * s.ratio(name) for name, n in below.items()}}
 
     def decides(self, a: Access) -> bool:
         """Does the policy have to choose in this step?"""
@@ -272,8 +324,9 @@ class Replay:
     def _ceiling(self, a: Access, o: Outcome) -> None:
         """Per row lane, the sum of the budget + 1 largest weights: no cache of `budget` pages attends to more.
 
-        Where a lag lets a policy hold more for some steps, as many as it held.
+        Where a policy holds more for some steps, or reads more, as many as that.
         """
-        most = np.maximum(self.cache.budget + 1, 0 if self.cache.selects else o.held)
+        held = np.count_nonzero(self.cache.seen >= 0, axis=1) if self.cache.selects else o.held
+        most = np.maximum(self.cache.budget + 1, held)
         count = np.repeat(most, self.cache.rows // self.cache.lanes)
         kernels.largest_sum(a.row.reshape(self.cache.rows, -1), a.keys, count, self.ceiling)

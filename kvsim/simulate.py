@@ -18,6 +18,7 @@ from kvsim import results
 from kvsim.cache.outcome import Outcome
 from kvsim.config import RunConfig, run_config
 from kvsim.errors import KvsimError
+from kvsim.machine.precision import PLAIN, recode_seconds
 from kvsim.machine.work import Record
 from kvsim.manifest import Crowd, manifest
 from kvsim.moves import Moves, plan_writer
@@ -178,16 +179,33 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
         copies = max(1.0, shape.kv_heads / heads) if apart else 1.0
         runs = o.fetched_runs if setting.hardware.host.merge else o.fetched
         work.awaits |= o.awaits[of]
-        work.kv_read += a.tokens * shape.kv_token_bytes if prefill else page * o.read[of]
+        work.kv_read += a.tokens * shape.kv_token_bytes if prefill else page * setting.stored(o.read, heads)[of]
         ahead = o.prefetched_runs if setting.hardware.host.merge else o.prefetched
         moves = {"fetch": (o.fetched, runs), "spill": (o.spilled, o.spilled), "prefetch": (o.prefetched, ahead)}
         for tier, name in ((1, "host"), (2, "ssd")):
             for move, (moved, parts) in moves.items():
-                getattr(work, f"{move}_{name}")[:] += page * moved[tier][of]
+                getattr(work, f"{move}_{name}")[:] += page * setting.ratio(name) * moved[tier][of]
                 getattr(work, f"{move}_{name}_copies")[:] += copies * parts[tier][of]
         work.rebuild += setting.trace.page_size * o.rebuilt[of] / heads  # a token's GEMMs serve all its heads
+        work.recode_s += _recoding(setting, o, page)[of] + _encoding(setting, a.tokens if prefill else 1)
     work.policy_s = _policy_seconds(setting, [r.replay for r, a, _ in stepped if r.replay.decides(a)])
     return work
+
+
+def _recoding(setting: Setting, o: Outcome, page: float) -> np.ndarray:
+    """Seconds by layer of the table: pages that cross between the GPU and a tier of another format."""
+    gpu, value_bytes = setting.hardware.gpu, setting.shape.kv_bytes
+    forms, seconds = setting.formats, np.zeros(len(o.read))
+    for tier, name in ((1, "host"), (2, "ssd")):
+        moved = o.fetched[tier] + o.prefetched[tier] + (o.spilled[1] if name == "host" else 0)
+        seconds += recode_seconds(forms[name], forms["gpu"], page * moved, value_bytes, gpu.kv_bandwidth)
+    return seconds
+
+
+def _encoding(setting: Setting, tokens: int) -> float:
+    """Seconds in each layer that new tokens take to be stored in the GPU's format."""
+    shape, bandwidth = setting.shape, setting.hardware.gpu.kv_bandwidth
+    return recode_seconds(PLAIN, setting.formats["gpu"], tokens * shape.kv_token_bytes, shape.kv_bytes, bandwidth)
 
 
 def _policy_seconds(setting: Setting, deciding: list[Replay]) -> float:
@@ -242,7 +260,8 @@ class _Books:
             for name in _SUMS:
                 self.lanes[name] += found[name]
                 r.sums[name] += sums[name]
-        resident = o.resident.reshape(-1, heads).sum(1)
+        resident, stored = o.resident.reshape(-1, heads).sum(1), self.setting.stored
+        host, ssd = (self.setting.ratio(name) for name in ("host", "ssd"))
         r.last_token = when.end_s
         r.held = self._held(r, o, lane)
         r.peak = max(r.peak, r.held)
@@ -256,16 +275,16 @@ class _Books:
             submit_s=when.submit_s,
             ceiling=r.replay.ceiling.sum(),
             resident_pages=resident.sum(),
-            resident_bytes=lane @ resident,
+            resident_bytes=lane @ stored(resident, heads),
             held_bytes=r.held,
-            read_bytes=lane @ o.read,
-            fetched_host_bytes=lane @ o.fetched[1],
-            fetched_ssd_bytes=lane @ o.fetched[2],
-            prefetched_host_bytes=lane @ o.prefetched[1],
-            prefetched_ssd_bytes=lane @ o.prefetched[2],
+            read_bytes=lane @ stored(o.read, heads),
+            fetched_host_bytes=lane @ o.fetched[1] * host,
+            fetched_ssd_bytes=lane @ o.fetched[2] * ssd,
+            prefetched_host_bytes=lane @ o.prefetched[1] * host,
+            prefetched_ssd_bytes=lane @ o.prefetched[2] * ssd,
             rebuilt_pages=o.rebuilt.sum(),
-            spilled_host_bytes=lane @ o.spilled[1],
-            spilled_ssd_bytes=lane @ o.spilled[2],
+            spilled_host_bytes=lane @ o.spilled[1] * host,
+            spilled_ssd_bytes=lane @ o.spilled[2] * ssd,
             dropped_pages=o.dropped,
             **_lost(r.replay),
             **sums,
@@ -277,7 +296,9 @@ class _Books:
         kept = o.held.reshape(-1, r.replay.lanes[1]).sum(1) - fetched  # rebuilt pages are made in place
         of = self.setting.model_layers(r.replay.lanes)
         staged = (lane * fetched / np.bincount(of, minlength=len(lane)))[of]  # per layer of the timed model
+        staged = staged * self.setting.ratio("gpu")
         depth = int(self.setting.hardware.gpu.staging_layers)
+        kept = self.setting.stored(kept, r.replay.lanes[1])
         return float(lane @ kept + np.sort(staged)[-depth:].sum())
 
     def retire(self, r: _Running) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _SKIP = ("name", "trace", "sweep", "plot")
+_MORE = 0.02  # a run whose own ceiling is this much higher was allowed more pages than the budget
 _REFERENCES = ("belady", "mass-oracle", "optimal")  # that a run's regret is measured from, where the grid has them
 
 
@@ -301,17 +302,20 @@ class Grid:
             for budget in self._budgets():
                 same = [r for r in rows if str(r["budget"]) == budget]
                 online = [r for r in same if not r["oracle"] and r["policy"] != "full"]
-                if not online:
+                most = bound(same, self.metric)
+                within = [r for r in online if not r["ceiling"] > most + _MORE]
+                if not within or np.isnan(most):
                     continue
-                best = max(online, key=lambda r: r[self.metric])
-                value, most = best[self.metric], bound(same, self.metric)
-                if np.isnan(most):
-                    continue
+                best = max(within, key=lambda r: r[self.metric])
+                value = best[self.metric]
                 lines.append(
                     f"at {budget}{', ' + group if group else ''}: best online policy {best['policy']}, "
                     f"{self.metric.replace('_', ' ')} {value:.3f} of a possible {most:.3f} "
                     f"(full cache 1, regret {most - value:.3f}); verdict: {VERDICTS[judge(value, most)]}"
                 )
+                if len(within) < len(online):
+                    left = ", ".join(sorted({r["policy"] for r in online} - {r["policy"] for r in within}))
+                    lines.append(f"at {budget}: not judged, since they hold more than the budget: {left}")
         return lines or [
             "no verdict: nothing in this sweep is a bound; where pages come back, add belady to the policies"
         ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.cache import hooks, kernels
+from kvsim.cache import hooks, kernels, sized
 from kvsim.cache.demand import FAIR_SHARE, Use
 from kvsim.cache.lanes import Lanes
 from kvsim.cache.outcome import Outcome
@@ -71,6 +71,7 @@ class Cache(Lanes):
         self._found = np.empty(self.rows, np.int64)
         self._renormalise = self.lossy and policy.rows == "visible"
         self._cut = False  # has the budget been enforced yet?
+        self.seen = self.table.key  # keys that attention may see in this step, [lanes, slots]; -1 elsewhere
         self.watch: Callable[[Access, np.ndarray], None] | None = None
 
     def _check(self, capacity: Capacity) -> None:
@@ -100,7 +101,7 @@ class Cache(Lanes):
         out = Outcome.blank(self.rows, self.shape[0])
         kernels.row_totals(row, peak, a.keys, *limits, out.total, out.used)
         self._enter(a)
-        seen = self._read_set()
+        self.seen = seen = self._read_set()
         read = self._demand(row, peak, seen, limits, a.keys, out) if self.tiers else None
         if self.watch:
             self.watch(a, seen >= 0 if read is None else read)
@@ -224,18 +225,19 @@ class Cache(Lanes):
             return True
         if a.prefill:
             return self.policy.cut_prompt
-        return not self.policy.once and a.step % self.policy.lag == 0
+        clock = a.tokens if self.policy.clock == "token" else a.step
+        return not self.policy.once and clock % self.policy.lag == 0
 
     def _settle_gpu(self, a: Access, out: Outcome) -> None:
         self._split()
         self._cut = True
-        over = self.table.resident() - self.budget
+        over = self.occupied() - self.budget
         if not (over > 0).any():
             return
         head, tail = self.protected()
         held = head + np.maximum(tail, a.tokens % self.page_size > 0)  # with the page that is being filled
         batch = np.minimum(self.policy.batch, self.budget + 1 - held)  # only the excess takes protected pages
-        excess = np.where(over > 0, np.maximum(over, batch), 0)
+        excess = np.where(over > 0, np.maximum(over, batch if self.sizes is None else 0), 0)
         chosen, counts = self.choose(a, GPU, excess, self.score(), head, tail)
         if self.tiers:
             self.tiers.place(self.mask(chosen, counts), out)
@@ -247,7 +249,7 @@ class Cache(Lanes):
     def _split(self) -> None:
         if callable(getattr(self.policy, "split", None)):
             wanted = self.broadcast(self.call("split", self.view), "budgets", np.int64, slots=1)
-            self.budget[:] = np.clip(wanted[:, 0], 1, self.stride)
+            self.budget[:] = np.clip(wanted[:, 0], 1, self.total)
 
     def audit(self, a: Access) -> None:
         """Recount the table and the budget; an assertion here is a mistake of ours."""
@@ -255,4 +257,4 @@ class Cache(Lanes):
         if self._cut:
             late = self.policy.lag - 1 if self.lossy else 0
             late = a.step if self.lossy and self.policy.once else late
-            assert (self.table.resident() <= np.maximum(self.budget, 1) + late).all(), "over budget"
+            assert (self.occupied() <= np.maximum(self.budget, 1) + late + sized.NEAR).all(), "over budget"

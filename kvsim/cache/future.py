@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any
 
 import numpy as np
 
 from kvsim.cache.demand import Use
 from kvsim.trace.access import Access
+
+NEVER = np.int32(2**24)  # beyond any step, and exact in float32
+_SPOOL = 2**24
 
 
 @dataclass(frozen=True)
@@ -32,19 +37,55 @@ class Future:
         """Prefill, then one access per decode step; their buffers are reused."""
         return self.request.accesses()
 
-    def uses(self) -> tuple[int, int, np.ndarray, np.ndarray]:
-        """Lanes, stride (keys per lane), and all uses in decode steps in one pass, sorted by address, then step:
-        `address` (int64: lane * stride + key) and `step` (int32)."""
-        lanes = stride = 0
-        addresses, steps = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    def uses(self) -> Uses:
+        """Which pages are used in which decode step, and when next; in one pass over the rows."""
+        uses = Uses()
         for a in self.accesses():
             if a.prefill:
-                lanes, stride = int(np.prod(a.row.shape[:2])), a.row.shape[2]
+                uses.begin(int(np.prod(a.row.shape[:2])), a.row.shape[2])
                 continue
-            visible, first = (np.repeat(x, lanes // len(x)) for x in (a.visible, a.first))
-            lane, key = np.nonzero(self.use.used(a.peak.reshape(lanes, stride), a.keys, visible, first))
-            addresses.append(lane * stride + key)
-            steps.append(np.full(len(lane), a.step, np.int32))
-        address, step = np.concatenate(addresses), np.concatenate(steps)
-        order = np.argsort(address, kind="stable")  # steps stay ascending within an address
-        return lanes, stride, address[order], step[order]
+            visible, first = (np.repeat(x, uses.lanes // len(x)) for x in (a.visible, a.first))
+            peak = a.peak.reshape(uses.lanes, uses.stride)
+            lane, key = np.nonzero(self.use.used(peak, a.keys, visible, first))
+            uses.append(lane * uses.stride + key)
+        uses.link()
+        return uses
+
+
+class Uses:
+    """The uses of a request's pages in its decode steps, by `address`: lane * stride + key.
+
+    Kept in memory as far as `_SPOOL` bytes, beyond that in a temporary file, because a long request has
+    gigabytes of them. `first`: int32 [lanes * stride], the step in which each page is used first, or `NEVER`.
+    """
+
+    def begin(self, lanes: int, stride: int) -> None:
+        self.lanes, self.stride = lanes, stride
+        self._dtype = np.dtype(np.int32 if lanes * stride < 2**31 else np.int64)
+        self.first = np.full(lanes * stride, NEVER, np.int32)
+        self._ends = [0, 0]  # uses up to and including each step; nothing is used in step 0
+        self._address, self._next = files = SpooledTemporaryFile(_SPOOL), SpooledTemporaryFile(_SPOOL)  # noqa: SIM115
+        for file in files:
+            weakref.finalize(self, file.close)
+
+    def append(self, address: np.ndarray) -> None:
+        """The addresses, each once, that the next step uses."""
+        self._address.write(address.astype(self._dtype).tobytes())
+        self._ends.append(self._ends[-1] + len(address))
+
+    def link(self) -> None:
+        """Find each use's next one, from the last step to the first: it is the one that was seen before it."""
+        for step in range(len(self._ends) - 2, 0, -1):
+            address = self._read(self._address, self._dtype, step)
+            self._next.seek(4 * self._ends[step])
+            self._next.write(self.first[address].tobytes())
+            self.first[address] = step
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses that `step` uses, and the step in which each is used next (int32), or `NEVER`."""
+        return self._read(self._address, self._dtype, step), self._read(self._next, np.dtype(np.int32), step)
+
+    def _read(self, file: IO[bytes], dtype: np.dtype, step: int) -> np.ndarray:
+        begin, end = self._ends[step : step + 2]
+        file.seek(begin * dtype.itemsize)
+        return np.frombuffer(file.read((end - begin) * dtype.itemsize), dtype)

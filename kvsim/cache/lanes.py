@@ -7,14 +7,15 @@ a table lane.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from kvsim.cache import hooks, kernels
-from kvsim.cache.table import Table
+from kvsim.cache import hooks, kernels, sized
+from kvsim.cache.table import GPU, Table
 from kvsim.cache.view import Facts, View, locked, protected
 from kvsim.trace.access import Access
 
@@ -39,10 +40,13 @@ class Lanes:
         self.lanes, self.rows = self.shape[0] * self.shape[1], layers * heads
         self.row_lanes, self.stride, self.page_size, self.policy = row_lanes, stride, page_size, policy
         self.policy_seconds = 0.0  # wall time spent in hooks
-        self.budget = np.full(self.lanes, min(budget, stride) if policy.bounded else stride, np.int64)
+        self.sizes = sized.sizes_of(facts, stride)  # None: every page is one
+        self.total = stride if self.sizes is None else math.ceil(self.sizes.sum(dtype=np.float64))
+        self.budget = np.full(self.lanes, min(budget, self.total) if policy.bounded else self.total, np.int64)
         self.table = Table(self.lanes, 0, {})
         self.view = View(self.table, self.shape, page_size, seed, rates, facts)
         self.view.budget = locked(self.budget.reshape(*self.shape, 1))  # follows every change of ours
+        self.view.sizes = self.sizes
 
     # -- the table's size --------------------------------------------------------------------------------------
 
@@ -88,12 +92,27 @@ class Lanes:
         """Pages per lane at the head and at the tail that leave last, and that a read set holds."""
         return protected(self.policy, self.budget, self.page_size)
 
-    def choose(self, a: Access, bit: int, excess, score, head, tail) -> tuple[np.ndarray, np.ndarray]:
-        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last."""
+    def occupied(self, bit: int = GPU) -> np.ndarray:
+        """[lanes]: what of the tier's capacity is taken: pages, or the sum of their sizes."""
+        if self.sizes is None:
+            return self.table.resident(bit)
+        return sized.load(self.table.key, self.table.copies, bit, self.sizes)
+
+    def choose(self, a: Access, bit: int, excess, score, head, tail, capacity=None) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last.
+
+        `capacity` of the tier by lane, where that is not the budget.
+        """
         t = self.table
         pinned = a.keys - 1 if a.tokens % self.page_size else -1  # a page that is still being filled
-        out, counts = np.empty((self.lanes, int(excess.max())), np.int32), np.empty(self.lanes, np.int64)
-        bad = kernels.victims(score, t.key, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
+        most = int(excess.max()) if self.sizes is None else t.slots
+        out, counts = np.empty((self.lanes, most), np.int32), np.empty(self.lanes, np.int64)
+        limits = head, a.keys - tail, pinned, out, counts
+        if self.sizes is None:
+            bad = kernels.victims(score, t.key, t.copies, bit, excess, *limits)
+        else:
+            limit = self.budget if capacity is None else capacity
+            bad = sized.victims(score, t.key, t.copies, bit, excess, limit, self.sizes, *limits)
         if bad >= 0:
             lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
             wrong = f"returned NaN at step {a.step}, lane {lane}"

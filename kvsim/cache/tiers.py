@@ -43,9 +43,9 @@ class Tiers:
         self.columns = {_AHEAD: np.bool_} if self.prefetches else {}
         below = (capacity.host, capacity.ssd)
         held = math.inf if None in below else capacity.gpu + sum(x or 0 for x in below)
-        if held < lanes.stride:
+        if held < lanes.total:
             raise ConfigError(
-                f"GPU, host and SSD hold {held} pages per lane, the request needs {lanes.stride}",
+                f"GPU, host and SSD hold {held} pages per lane, the request needs {lanes.total}",
                 hint="raise --host or --ssd, or let pages go: --regime lossy",
             )
 
@@ -141,12 +141,13 @@ class Tiers:
         """A full tier gives up copies that another tier has too; then a host's lowest scores go down to the SSD."""
         t, none = self.lanes.table, np.zeros_like(self.lanes.budget)
         for bit, capacity in ((HOST, self.capacity.host), (SSD, self.capacity.ssd)):
-            over = none if capacity is None else np.maximum(t.resident(bit) - capacity, 0)
+            over = none if capacity is None else np.maximum(self.lanes.occupied(bit) - capacity, 0)
             if not over.any():
                 continue
+            limit = np.full_like(none, capacity)
             spare = (t.copies & ~np.uint8(bit)) != 0
             score = np.where(spare, np.float32(-np.inf), self.lanes.score())
-            gone = self.lanes.mask(*self.lanes.choose(a, bit, over, score, none, none))
+            gone = self.lanes.mask(*self.lanes.choose(a, bit, over, score, none, none, limit))
             down = gone & ~spare
             if bit == SSD and down.any():
                 raise ConfigError(

@@ -53,6 +53,7 @@ class View:
         self.prompt: Prompt | None = None
         self.vectors: Seen | None = None
         self.budget = np.zeros((*shape, 1), np.int64)
+        self.sizes: np.ndarray | None = None  # of each key; None: every page is one
         self.asked: set[str] = set()  # columns that the policy has looked at
         self.bind(table)
 
@@ -105,7 +106,9 @@ class View:
 
     @property
     def size(self) -> np.ndarray:
-        return np.ones(self.key.shape, np.float32)
+        if self.sizes is None:
+            return np.ones(self.key.shape, np.float32)
+        return self.sizes[np.maximum(self.key, 0)]
 
     @property
     def wanted(self) -> np.ndarray:

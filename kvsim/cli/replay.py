@@ -43,6 +43,11 @@ def run(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Host memory for pages, such as 64GiB.")] = None,
     ssd: Annotated[str | None, typer.Option(help="SSD space for pages, such as 1TB.")] = None,
+    gpu_format: Annotated[
+        str | None, typer.Option(help="How the GPU stores pages: fp16, int4(group=64), 'kivi(bits=2)', rotatekv.")
+    ] = None,
+    host_format: Annotated[str | None, typer.Option(help="The same of host memory.")] = None,
+    ssd_format: Annotated[str | None, typer.Option(help="The same of the SSD.")] = None,
     overlap: Annotated[str | None, typer.Option(help="Copies beside compute: layer, step or none.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Requests replayed together on one GPU.")] = None,
     request: Annotated[list[int] | None, typer.Option(help="Only these requests (repeatable).")] = None,
@@ -70,6 +75,7 @@ def run(
         "policy": policy, "budget": budget, "regime": regime, "offload": offload, "demand": demand, "use": use,
         "page_size": page_size,
         "granularity": granularity, "hardware": hardware, "model": model, "host": host, "ssd": ssd, "overlap": overlap,
+        "gpu_format": gpu_format, "host_format": host_format, "ssd_format": ssd_format,
         "concurrency": concurrency, "requests": request, "seed": seed,
     }  # fmt: skip
     values: dict[str, Any] = read_toml(config) if config else {}
@@ -191,7 +197,7 @@ def _print_grid(grid: Any) -> None:
 @app.command()
 def plot(
     folders: Annotated[list[Path], typer.Argument(help="Results of `kvsim run` or `kvsim sweep`.")],
-    kind: Annotated[str, typer.Option(help="line, timeline or lanes.")] = "line",
+    kind: Annotated[str, typer.Option(help="line, families, timeline or lanes.")] = "line",
     x: Annotated[str, typer.Option(help="Column on the x axis.")] = "budget",
     y: Annotated[
         str | None, typer.Option(help="Column on the y axis; recall, or page_hit_rate in the offload regime.")
@@ -214,40 +220,45 @@ def plot(
 
 
 @app.command("list")
-def list_(what: Annotated[str, typer.Argument(help="policies, offload or hardware")]) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="policies, offload or hardware")],
+    name: Annotated[str | None, typer.Argument(help="One policy: its source, formula and parameters.")] = None,
+) -> None:
     """Show what comes with kvsim.
 
-    Example: kvsim list policies
+    Example: kvsim list policies; kvsim list policies h2o
     """
     rows = {"policies": _policies, "offload": _offloads, "hardware": _hardware}
     if what not in rows:
         raise ConfigError(f'cannot list "{what}"', hint=f"list one of {', '.join(rows)}")
+    if name is not None:
+        if what != "policies":
+            raise ConfigError(f'"list {what}" shows them all', hint=f"leave {name} away")
+        _policy(name)
+        return
     head, lines = rows[what]()
     screen().print(table([(name, "left") for name in head], lines))
 
 
 def _policies() -> tuple[list[str], list[list[str]]]:
-    from dataclasses import fields
+    from kvsim.catalogue import entries
 
-    from kvsim import registry
+    head = ["policy", "family", "kind", "regimes", "decides per", "needs", "evidence", "parameters"]
+    return head, [
+        [e.name, e.family, e.kind, ", ".join(e.regimes), e.decides, ", ".join(e.needs), e.evidence, e.defaults]
+        for e in entries()
+    ]
 
-    lines = []
-    for name in registry.names():
-        cls: Any = registry.find(name)
-        defaults = ", ".join(f"{f.name}={f.default}" for f in fields(cls) if not f.name.startswith("protect"))
-        kind = "oracle" if hasattr(cls, "foresee") else "read set" if hasattr(cls, "select") else "online"
-        lines.append(
-            [
-                name,
-                getattr(cls, "family", ""),
-                kind,
-                cls.granularity,
-                ", ".join(sorted(cls.needs)),
-                cls.evidence,
-                defaults,
-            ]
-        )
-    return ["policy", "family", "kind", "decides per", "needs", "evidence", "parameters"], lines
+
+def _policy(name: str) -> None:
+    from kvsim.catalogue import EVIDENCE, entry
+
+    e = entry(name)
+    typer.echo(f"{e.name}: {e.family}, {e.kind}; {' and '.join(e.regimes)}; one decision per {e.decides}")
+    typer.echo(f"evidence: {e.evidence}, {EVIDENCE[e.evidence]}")
+    typer.echo(f"needs: {', '.join(e.needs) or 'attention rows only'}")
+    typer.echo("parameters: " + ", ".join(f"{k}={v!r}" for k, v in e.parameters.items()))
+    typer.echo(f"\n{e.text}")
 
 
 def _offloads() -> tuple[list[str], list[list[str]]]:

@@ -65,6 +65,32 @@ def trace_check(trace: TraceArg) -> None:
     say_problems(check_trace(trace), f"{trace} is whole")
 
 
+@trace_app.command("quantise")
+def trace_quantise(
+    trace: TraceArg,
+    form: Annotated[
+        str, typer.Option("--format", help="int4(group=64), 'kivi(bits=2, group=32)', rotatekv, ...")
+    ] = "kivi",
+) -> None:
+    """What storing keys and values in few bits does to a trace that holds them (captured with --vectors).
+
+    Example: kvsim trace quantise runs/vectors.kvtrace --format 'kivi(bits=2, group=32)'
+    """
+    from kvsim.cli.screen import table
+    from kvsim.machine.precision import errors, parse_format
+
+    opened, chosen = open_named(trace), parse_format(form)
+    found = errors(opened, chosen)
+    console, times = screen(), 1 / chosen.ratio(2.0)
+    console.print(f"{chosen.element_bytes:.4g} bytes per element, {times:.3g} times fewer than FP16", highlight=False)
+    heads = [("layer", "right"), ("logit error (rms)", "right"), ("worst head", "right"), ("value error", "right")]
+    lines = [
+        (str(layer), f"{logit.mean():.4f}", f"{logit.max():.4f}", f"{value.mean():.4f}")
+        for layer, (logit, value) in enumerate(zip(found["logit"], found["value"], strict=True))
+    ]
+    console.print(table(heads, lines))
+
+
 @trace_app.command("export")
 def trace_export(
     trace: TraceArg, output: Annotated[Path, typer.Option("-o", "--output", help="A .parquet file.")]

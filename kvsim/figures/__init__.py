@@ -15,14 +15,15 @@ from kvsim.results import Result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("line", "timeline", "lanes")
-_PLOT_KEYS = ("file", "x", "y", "hue")
+KINDS = ("line", "families", "timeline", "lanes")
+_PLOT_KEYS = ("file", "kind", "x", "y", "hue")
 
 
 class Table(Protocol):
     """What a Grid is to this module: the runs, and one flat mapping of settings and numbers for each."""
 
-    runs: list[Result]
+    @property
+    def runs(self) -> list[Result]: ...
 
     def rows(self) -> list[dict[str, Any]]: ...
 
@@ -62,10 +63,11 @@ def draw(
 ) -> Path:
     """Draw into a .png, .svg or .pdf file, the same bytes each time.
 
-    `kind`: "line" over many runs; of one run, "timeline" of its decode steps `steps` ("100:140") or "lanes". Raises
-    ConfigError for what cannot be drawn, ResultError for what is empty or cannot be written.
+    `kind`: "line" over many runs, or "families" with a panel for each family of policies; of one run, "timeline" of
+    its decode steps `steps` ("100:140") or "lanes". Raises ConfigError for what cannot be drawn, ResultError for what
+    is empty or cannot be written.
     """
-    from kvsim.figures import lanes, page, timeline
+    from kvsim.figures import families, lanes, page, timeline
 
     if kind not in KINDS:
         raise ConfigError(f'cannot draw a "{kind}"', hint=nearest(kind, KINDS, f"{', '.join(KINDS)}:"))
@@ -73,6 +75,10 @@ def draw(
     if kind == "line":
         return page.save(plot(grid, x, y, hue), output)
     runs = _some(grid.runs)
+    if kind == "families":
+        with page.style():
+            figure = families.draw(runs, grid.rows(), x, y or _metric(runs))
+        return page.save(figure, output)
     if len(runs) > 1:
         raise ConfigError(f"{kind} draws one run, here are {len(runs)}", hint="give the folder of one of them")
     with page.style():

@@ -29,6 +29,7 @@ NAMES = {
     "end_s": "time until the last token",
     "peak_bytes": "peak KV cache on the GPU, largest request",
     "budget_bytes": "budget, mean per request over all lanes",
+    "held_mean_bytes": "KV cache held, mean of decode steps",
     "fetched_host_bytes": "fetched from host memory",
     "fetched_ssd_bytes": "fetched from SSD",
     "spilled_host_bytes": "spilled to host memory",
@@ -49,6 +50,9 @@ TITLES = {
     "peak_bytes": "peak KV cache",
     "budget": "cache budget",
     "budget_bytes": "cache budget",
+    "held_mean_bytes": "KV cache held",
+    "gold_loss": "gold-source loss",
+    "stranded_share": "stranded tokens",
     "page_size": "page size",
 }
 # What the full cache has by definition: it loses nothing.
@@ -59,6 +63,7 @@ _BASES = {
     "pages": "budget (pages per lane)",
     "bytes": "budget (over all lanes)",
 }
+_MANY = 24  # budgets from which not each has a tick
 _LOG_FROM = 8.0  # largest over smallest value from which an axis of settings is logarithmic
 
 
@@ -166,9 +171,13 @@ def _budgets(values: list[str]) -> Axis:
         "bytes": (1.0, format_bytes),
     }[bases[0]]
     positions = sorted({v * factor for v, _ in parsed.values()})
-    return Axis(
-        _BASES[bases[0]], lambda v: parsed[str(v)][0] * factor, {p: text(p) for p in positions}, _is_log(positions)
-    )
+    ticks = {p: text(p) for p in (positions if len(positions) <= _MANY else _round(positions))}
+    return Axis(_BASES[bases[0]], lambda v: parsed[str(v)][0] * factor, ticks, _is_log(positions))
+
+
+def _round(positions: list[float]) -> list[float]:
+    """Those that are 1, 2 or 5 times a power of ten: what a long curve is read at."""
+    return [p for p in positions if f"{p:e}".split("e")[0].rstrip("0.") in ("1", "2", "5")]
 
 
 def _few(positions: list[float], text: Callable[[float], str]) -> dict[float, str]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvsim import registry
 from kvsim.errors import ResultError
 from kvsim.figures import columns, page
@@ -33,9 +35,14 @@ _FAMILY_LINES: dict[str, Any] = {
     "window": (0, (7, 1.8)),
     "recurrence": (0, (7, 1.2, 1.2, 1.2, 1.2, 1.2)),
 }
-_ORACLES: dict[str, tuple[str, str]] = {"belady": ("#555555", "d"), "mass-oracle": ("#8c8c8c", "*")}
+_ORACLES: dict[str, tuple[str, str]] = {
+    "belady": ("#555555", "d"),
+    "mass-oracle": ("#8c8c8c", "*"),
+    "optimal": ("#333333", "p"),
+}
 _DASHES, _DASH_DOT = (0, (4, 2)), (0, (6, 2, 1, 2))
 _MARKS = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
+_MARKED = 10  # marks on a line of many points
 _MOVED_BY_BUDGET = ("budget", "budget_bytes")
 
 
@@ -195,7 +202,14 @@ def _plot(ax: Axes, lines: Sequence[Line], across: columns.Axis, flat: bool) -> 
             continue
         if across.words or len(set(xs)) == 1:  # nothing to join
             line.look = {"markersize": 7, "marker": "o", **line.look, "linestyle": ""}
-        ax.plot(xs, ys, zorder=2 if line.group == "reference" else 3, **{**_MARKS, **line.look})
+        marked = _spread(xs, across.log) if len(xs) > 2 * _MARKED else None  # a mark on each would be a band
+        ax.plot(xs, ys, zorder=2 if line.group == "reference" else 3, markevery=marked, **{**_MARKS, **line.look})
+
+
+def _spread(xs: Sequence[float], log: bool) -> list[int]:
+    """Indices of points that lie about evenly along the axis, the ends among them."""
+    places = np.log(xs) if log else np.array(xs)
+    return sorted({int(np.abs(places - p).argmin()) for p in np.linspace(places[0], places[-1], _MARKED)})
 
 
 def _bound(ax: Axes, rows: Sequence[Mapping[str, Any]], x: str, across: columns.Axis) -> list[tuple[Any, str]]:

@@ -107,6 +107,7 @@ def facts(runs: Sequence[Result], hide: Sequence[str] = ()) -> list[str]:
         setting("demand", "demand {}") if regime == "offload" else None,
         setting("policy", "policy {}"),
         setting("budget", "budget {}"),
+        setting("rows", "{} rows seen"),
         setting("page_size", "page size {} token" + "s" * (config[0]["page_size"] != 1)),
         setting("concurrency", "concurrency {}") if any(c["concurrency"] > 1 for c in config) else None,
     ]

@@ -218,7 +218,7 @@ def work_seconds(gpu: Gpu, shape: ModelShape, work: Work, kv_multiplier: float =
             alone = gemm_seconds(gpu, g, work.queries, shape.value_bytes)
             both = [gemm_seconds(gpu, g, work.queries + n, shape.value_bytes) for n in work.rebuild.tolist()]
             seconds = seconds + np.array(both) - alone
-    return seconds + work.policy_s / shape.layers
+    return seconds + work.recode_s + work.policy_s / shape.layers
 
 
 def head_seconds(gpu: Gpu, shape: ModelShape, sequences: int) -> float:

@@ -31,6 +31,7 @@ class Work:
     prefetch_ssd_copies: np.ndarray
     awaits: np.ndarray  # bool: layers that wait for prefetches of iterations before that are still on their way
     rebuild: np.ndarray  # tokens of each layer that are computed again instead of fetched
+    recode_s: np.ndarray  # GPU time for pages that change their format
     known: str = "layer"  # the fetch list of a layer is known at the "start" of the step, or after the "layer" before
     policy_s: float = 0.0  # modelled compute of the policy on the GPU stream, spread over the layers
 
@@ -38,7 +39,7 @@ class Work:
     def idle(cls, layers: int, **given) -> Work:
         """Work that moves and reads nothing but what is given; a number stands for every layer."""
         moved = [move + suffix for move in MOVES for suffix in ("", "_copies")]
-        arrays = {name: np.zeros(layers) for name in ("kv_read", "rebuild", *moved)}
+        arrays = {name: np.zeros(layers) for name in ("kv_read", "rebuild", "recode_s", *moved)}
         for name in arrays.keys() & given.keys():
             arrays[name] = arrays[name] + given.pop(name)
         given["awaits"] = np.full(layers, given.get("awaits", True), bool)

@@ -26,6 +26,7 @@ class H2O:
     """
 
     family = "heavy hitter"
+    budget_free = True
     evidence = "code"
     recent: int | str = "50%"
 
@@ -79,6 +80,7 @@ class Tova:
     """
 
     family = "heavy hitter"
+    budget_free = True
     evidence = "code"
     granularity = "layer"
     recent: int | str = 0
@@ -102,6 +104,7 @@ class LazyEviction:
     """
 
     family = "recurrence"
+    budget_free = True
     evidence = "code"
     cut_prompt = False
     alpha: float = 5e-4

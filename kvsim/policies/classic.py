@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim.cache.view import protected
+from kvsim.errors import ConfigError
 from kvsim.registry import policy
 
 
@@ -33,16 +34,22 @@ class Random:
     """
 
     family = "classic"
+    budget_free = True
 
     def score(self, view):
-        lanes = np.arange(view.key[..., :1].size, dtype=np.uint32).reshape(view.key.shape[:2] + (1,))
-        x = view.key.astype(np.uint32) * np.uint32(0x9E3779B1) + lanes * np.uint32(0x85EBCA77)
-        x ^= np.uint32((view.now * 0xC2B2AE3D + view.seed * 0x27D4EB2F) & 0xFFFFFFFF)
-        for multiplier in (0x7FEB352D, 0x846CA68B):  # two rounds of an xor-shift-multiply mixer
-            x ^= x >> np.uint32(16)
-            x *= np.uint32(multiplier)
+        return uniform(view.key, view.now, view.seed)
+
+
+def uniform(key: np.ndarray, step: int, seed: int) -> np.ndarray:
+    """Multiples of 2**-24 from 0 to below 1 for keys [layers, kv_heads, n]: a hash of seed, lane, key and step."""
+    lanes = np.arange(key[..., :1].size, dtype=np.uint32).reshape(key.shape[:2] + (1,))
+    x = key.astype(np.uint32) * np.uint32(0x9E3779B1) + lanes * np.uint32(0x85EBCA77)
+    x ^= np.uint32((step * 0xC2B2AE3D + seed * 0x27D4EB2F) & 0xFFFFFFFF)
+    for multiplier in (0x7FEB352D, 0x846CA68B):  # two rounds of an xor-shift-multiply mixer
         x ^= x >> np.uint32(16)
-        return (x >> np.uint32(8)).astype(np.float32)
+        x *= np.uint32(multiplier)
+    x ^= x >> np.uint32(16)
+    return (x >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
 @policy("fifo")
@@ -50,6 +57,7 @@ class Fifo:
     """First in, first out: with `sink = 0` in the lossy regime, the plain sliding window."""
 
     family = "classic"
+    budget_free = True
 
     def score(self, view):
         return view.arrived
@@ -60,6 +68,7 @@ class Lru:
     """Least recently used; "used" is the run's predicate (`--use`), since dense attention touches every page."""
 
     family = "classic"
+    budget_free = True
 
     def score(self, view):
         return view.last
@@ -69,11 +78,18 @@ class Lru:
 class Lfu:
     """Least frequently used since it arrived; the count is lost on eviction (not perfect LFU). Prompt rows count.
 
-    Among equal counts the earlier arrival leaves: the score is the count and a fraction for the arrival.
+    Among equal counts the earlier arrival leaves, with `tie="use"` the one used longest ago (so libCacheSim's LFU.c):
+    the score is the count and a fraction for the tie. What joins in this step leaves last: a newcomer is admitted.
     """
 
     family = "classic"
+    budget_free = True
     columns = {"count": np.int32}
+    tie: str = "arrival"
+
+    def __post_init__(self):
+        if self.tie not in ("arrival", "use"):
+            raise ConfigError(f'lfu: tie = "{self.tie}"', hint='use "arrival" or "use"')
 
     def observe(self, view):
         count = view["count"]
@@ -83,7 +99,13 @@ class Lfu:
             count[:] = np.where(view.arrived == view.now, 0, count) + (view.last == view.now)
 
     def score(self, view):
-        return view["count"] + view.arrived / (view.now + 1)
+        since = view.arrived if self.tie == "arrival" else view.last
+        return np.where(_joined(view), np.inf, view["count"] + since / (view.now + 1))
+
+
+def _joined(view):
+    """Pages that joined the GPU in this step; none at prefill, which all of them join."""
+    return (view.arrived == view.now) & (view.now > 0)
 
 
 @policy("sieve")
@@ -153,6 +175,42 @@ def _turn(view):
     return (view.arrived.astype(np.int64) << 31) + view.key + view["passed"] * _PASSED
 
 
+@policy("size")
+class Size:
+    """The largest page leaves, among equals the one that arrived first: FIFO where all pages are of one size.
+
+    libCacheSim's Size.c, which leaves ties to its heap. What joins in this step leaves last: a newcomer is admitted.
+    """
+
+    family = "classic"
+    evidence = "code"
+
+    def score(self, view):
+        order = np.lexsort((view.key, view.arrived, -view.size, _joined(view)), axis=-1)
+        rank = np.empty(order.shape, np.float32)
+        np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[-1], dtype=np.float32), order.shape), -1)
+        return rank
+
+
+@policy("adaptive-lru")
+class AdaptiveLru:
+    """LRU in which a large page counts as used `penalty` steps earlier than it was: the baseline of Cold-RL's code.
+
+    ayushgupta4897/DRL-Cache: last - 1000 [size > 50 KB]; it is not ARC. `large`: pages, so 50 KB where a page is 1 KB.
+    What joins in this step leaves last: a newcomer is admitted. Plain LRU where all pages are of one size.
+
+    Departures: time is in steps; the source counts seconds.
+    """
+
+    family = "classic"
+    evidence = "code"
+    penalty: int = 1000
+    large: float = 50.0
+
+    def score(self, view):
+        return np.where(_joined(view), np.inf, view.last - self.penalty * (view.size > self.large))
+
+
 @policy("streaming-llm")
 class StreamingLlm:
     """The first `sink` tokens and the newest ones. arXiv 2309.17453; streaming_llm/kv_cache.py.
@@ -162,6 +220,7 @@ class StreamingLlm:
     """
 
     family = "window"
+    budget_free = True
     evidence = "code"
     sink: int = 4
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from kvsim.registry import policy
 
-_NEVER = np.int32(2**24)  # beyond any step, and exact in float32
 _FIXED = 2.0**40  # weights as fixed-point integers: sums that are added and taken away again cancel exactly
 
 
@@ -22,26 +21,18 @@ class Belady:
     """
 
     family = "reference"
+    budget_free = True
     rows = "full"
     recent: int | str = 0
 
     def foresee(self, trace):
-        """Next use of every page after each step."""
-        lanes, stride, address, step = trace.uses()
-        again = np.zeros(len(address), bool)  # is the next entry of the list the same page's next use?
-        again[:-1] = address[1:] == address[:-1]
-        following = np.where(again, np.roll(step, -1), _NEVER)
-        self._next = np.full(lanes * stride, _NEVER, np.int32)
-        first = ~np.roll(again, 1)
-        self._next[address[first]] = step[first]
-        by_step = np.argsort(step, kind="stable")
-        self._address, self._following = address[by_step], following[by_step]
-        self._start = np.searchsorted(step[by_step], np.arange(trace.steps + 2))
-        self._lane = (np.arange(lanes) * stride)[:, None]
+        self._uses = trace.uses()
+        self._next = self._uses.first.copy()  # of every page after this step
+        self._lane = (np.arange(self._uses.lanes) * self._uses.stride)[:, None]
 
     def observe(self, view):
-        now = slice(self._start[view.now], self._start[view.now + 1])
-        self._next[self._address[now]] = self._following[now]
+        address, following = self._uses.at(view.now)
+        self._next[address] = following
 
     def score(self, view):
         key = view.key.reshape(len(self._lane), -1)
@@ -56,6 +47,7 @@ class MassOracle:
     """
 
     family = "reference"
+    budget_free = True
     rows = "full"
     recent: int | str = 0
     columns = {"spent": np.int64}

@@ -14,8 +14,9 @@ from kvsim.cache.future import Future
 from kvsim.cache.table import COLUMNS, Table
 from kvsim.cache.tiers import Capacity
 from kvsim.errors import KvsimError, PolicyError
+from kvsim.testing.nested import compare_sizes
 from kvsim.testing.traces import tiny_trace
-from kvsim.trace.access import Access
+from kvsim.trace.access import VECTORS, Access
 
 
 def check_policy(spec: str) -> list[str]:
@@ -37,6 +38,8 @@ def check_policy(spec: str) -> list[str]:
     for regime in ("lossy", "offload") if kind == "policy" else ("offload",):
         if kind == "offload" or regime in instance.regimes:
             problems += _behaviour(spec, kind, regime)
+    if kind == "policy" and instance.budget_free and not problems:
+        problems += _nested(spec, instance.regimes)
     once: dict[str, str] = {}
     for text in problems:  # both regimes may break a clause, at other steps and in other shapes
         once.setdefault(re.sub(r"\d+", "0", text), text)
@@ -103,6 +106,20 @@ def _behaviour(spec: str, kind: str, regime: str) -> list[str]:
     return problems
 
 
+def _nested(spec: str, regimes: tuple[str, ...]) -> list[str]:
+    """Is it true that its scores are the same at every budget?"""
+
+    def policy() -> Any:
+        p = registry.build(spec)
+        p.rows = "full"
+        return p
+
+    trace = tiny_trace(steps=32)
+    demands = {"lossy": None, "offload": Use()}
+    found = [compare_sizes(trace, policy, demand=demands[regime])[0] for regime in regimes]
+    return [f"budget_free is not true: {text}" for text in found if text]
+
+
 def _replay(cache: type, spec: str, kind: str, regime: str, problems: list[str]) -> list[np.ndarray]:
     """Which keys have a copy in which tier after every step."""
     policy = registry.build(spec if kind == "policy" else "lru")
@@ -115,7 +132,7 @@ def _replay(cache: type, spec: str, kind: str, regime: str, problems: list[str])
     demand = None if callable(getattr(policy, "select", None)) else use
     c = cache(trace.lanes, request.stride, policy, Capacity(budget, ssd=None), offload=offload, use=use, demand=demand)
     c.problems = problems
-    for a in request.accesses():
+    for a in request.accesses(vectors=bool(policy.needs & VECTORS)):
         c.access(a)
         copies = np.zeros((c.lanes, request.stride + 1), np.uint8)  # empty lines write into the last column
         np.put_along_axis(copies, c.table.key.astype(np.intp), c.table.copies, 1)

@@ -29,6 +29,10 @@ class _Columns(SimpleNamespace):
     def newest(self):
         return self.keys - 1
 
+    @property
+    def size(self):
+        return np.ones(self.key.shape, np.float32)
+
 
 class ReferenceCache:
     """The rules of `Cache` in plain loops over a table [layer, KV head, key]; same arguments, no audit."""
@@ -143,7 +147,8 @@ class ReferenceCache:
 
     def _settle(self, a):
         p, v = self.policy, self.v
-        due = self.offload is not None or (p.cut_prompt if a.prefill else not p.once and a.step % p.lag == 0)
+        clock = a.tokens if p.clock == "token" else a.step
+        due = self.offload is not None or (p.cut_prompt if a.prefill else not p.once and clock % p.lag == 0)
         if due and hasattr(p, "split"):
             v.budget = np.clip(np.broadcast_to(p.split(v), v.budget.shape), 1, v.key.shape[-1])
         leaving = np.zeros(v.key.shape, bool)

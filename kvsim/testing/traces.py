@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,8 @@ def tiny_trace(
 ) -> Trace:
     """A random request whose weights are multiples of 1/1024, so that sums are exact in any order.
 
-    `windows`: tokens each layer can see, for sliding-window layers; 0 sees all.
+    `windows`: tokens each layer can see, for sliding-window layers; 0 sees all. It has q, k and v too (two query heads
+    per KV head, four numbers each, not those that give the rows) and two spans.
     """
     rng = np.random.default_rng(seed)
     windows = windows or (0,) * layers
@@ -23,12 +26,20 @@ def tiny_trace(
         first = max(0, t + 1 - windows[layer]) if windows[layer] else 0
         chances = rng.dirichlet(np.full(t + 1 - first, 0.3))
         rows[t, layer, head, first : t + 1] = rng.multinomial(1024, chances) / np.float32(1024)
-    return dense_trace([_Windowed(rows[:prompt, ..., :prompt], rows[prompt:], windows)])
+    q = rng.normal(size=(layers, 2 * heads, prompt + steps, 4)).astype(np.float32)
+    k, v = (rng.normal(size=(layers, heads, prompt + steps, 4)).astype(np.float32) for _ in range(2))
+    half = max(1, prompt // 2)
+    extra: dict[str, Any] = {
+        "vectors": (q, k, v),
+        "inv_freq": np.array([1.0, 0.01]),
+        "spans": [(0, half), (half, prompt)] if prompt > half else (),
+    }
+    return dense_trace([_Windowed(rows[:prompt, ..., :prompt], rows[prompt:], windows, **extra)])
 
 
 class _Windowed(DenseSource):
-    def __init__(self, prompt_rows, decode_rows, windows):
-        super().__init__(prompt_rows, decode_rows)
+    def __init__(self, prompt_rows, decode_rows, windows, **extra):
+        super().__init__(prompt_rows, decode_rows, **extra)
         self._windows = np.asarray(windows)
 
     def _first(self, tokens: int) -> np.ndarray:
@@ -36,9 +47,7 @@ class _Windowed(DenseSource):
 
     def prompt(self) -> PromptRows:
         p = super().prompt()
-        return PromptRows(
-            p.colsum, p.colsq, p.colmax, p.rows, np.stack([self._first(i + 1) for i in range(len(p.rows))])
-        )
+        return replace(p, kv_lo=np.stack([self._first(i + 1) for i in range(len(p.rows))]))
 
     def token_rows(self):
         for t in super().token_rows():

@@ -18,6 +18,7 @@ import numpy as np
 from kvsim.errors import TraceError
 
 POOLS = ("head", "layer", "token")
+VECTORS = frozenset({"q", "k", "v"})
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,14 @@ class Seen:
 
     `q`: [layers, kv_heads, group, tokens, head_dim]; `k`, `v`: [layers, kv_heads, tokens, head_dim]; `positions`: int32
     [tokens], position ids. The last token is the one whose query this step is. Read-only views of buffers that grow.
+    `inv_freq`: as `Source.inv_freq`.
     """
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     positions: np.ndarray
+    inv_freq: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -146,11 +149,12 @@ class Source:
     prompt_tokens: int
     output_tokens: int  # decode rows
     facts: Mapping[str, Any]  # "tokens", "span" (per token), "need" (gold sources per decode step), ... where known
+    inv_freq: np.ndarray | None = None  # float64 [rotated dimensions / 2]: q and k are rotated by position * this
 
     @property
     def provides(self) -> frozenset[str]:
         """What a policy may name in `needs`: "colsum", "colsq", "colmax", "window_rows" and "spans" of the prompt, "q",
-        "k", "v" of every token, and the names of facts."""
+        "k", "v" of every token, "inv_freq" of their rotation, and the names of facts."""
         raise NotImplementedError
 
     def prompt(self) -> PromptRows:
@@ -283,10 +287,11 @@ class _Vectors:
             self._next = next(self._lines, None)
         if (self._filled != tokens).any():
             raise TraceError(f"request {self._source.id}, step {step}: q, k and v of {tokens} tokens are not complete")
-        arrays = [x[..., :tokens, :] for x in self._buffers] + [self._positions[:tokens]]
-        for x in arrays:
+        q, k, v = (x[..., :tokens, :] for x in self._buffers)
+        positions = self._positions[:tokens]
+        for x in (q, k, v, positions):
             x.flags.writeable = False
-        return Seen(*arrays)
+        return Seen(q, k, v, positions, self._source.inv_freq)
 
     def _add(self, line: Vectors) -> None:
         heads, size = self._lanes[1], line.q.shape[-1]
@@ -416,7 +421,7 @@ class DenseSource(Source):
     `prompt_rows`: float32 [prompt, layers, kv_heads, prompt], lower-triangular in the first and last axis.
     `decode_rows`: float32 [steps, layers, kv_heads, prompt + steps]; row i sees keys 0 .. prompt + i.
     `vectors`: q [layers, query heads, tokens, head_dim], k and v [layers, kv_heads, tokens, head_dim].
-    `spans`: (first, one past the last) token of each span of the prompt.
+    `spans`: (first, one past the last) token of each span of the prompt. `inv_freq`: as in `Source`.
     """
 
     def __init__(
@@ -427,8 +432,9 @@ class DenseSource(Source):
         facts: Mapping[str, Any] | None = None,
         vectors: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
         spans: Sequence[tuple[int, int]] = (),
+        inv_freq: np.ndarray | None = None,
     ):
-        self.id, self.facts, self._vectors = id, dict(facts or {}), vectors
+        self.id, self.facts, self._vectors, self.inv_freq = id, dict(facts or {}), vectors, inv_freq
         self._spans = np.array(spans, np.int32).reshape(-1, 2)
         self._prompt = np.asarray(prompt_rows, np.float32)
         self._decode = np.asarray(decode_rows, np.float32)
@@ -438,6 +444,7 @@ class DenseSource(Source):
     @property
     def provides(self) -> frozenset[str]:
         own = {"colsum", "colsq", "colmax", "window_rows", *self.facts}
+        own |= set() if self.inv_freq is None else {"inv_freq"}
         return frozenset(
             own | ({"q", "k", "v"} if self._vectors else set()) | ({"spans"} if len(self._spans) else set())
         )
@@ -456,8 +463,9 @@ class DenseSource(Source):
         for step in range(self.output_tokens + 1):
             part = slice(n + step - 1, n + step) if step else slice(0, n)
             for layer, (q, k, v) in enumerate(zip(*self._vectors, strict=True)):
-                positions = np.arange(part.start, part.stop, dtype=np.int32)
-                yield Vectors(step, layer, positions, q[:, part], k[:, part], v[:, part])
+                arrays = q[:, part], k[:, part], v[:, part]
+                positions = part.start + np.arange(arrays[1].shape[1], dtype=np.int32)
+                yield Vectors(step, layer, positions, *arrays)
 
     def token_rows(self) -> Iterator[TokenRow]:
         lo = np.zeros(self._decode.shape[1], np.int32)

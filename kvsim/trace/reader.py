@@ -61,14 +61,15 @@ class FileSource(Source):
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:  # type: ignore[override]  # read when first asked for
-        """Columns of requests.parquet and steps.parquet under their names; times in seconds.
+        """Columns of requests.parquet (lists as arrays) and steps.parquet under their names; times in seconds.
 
         "tokens": int32, prompt and output; "need": one int32 array per decode step; "step_us" becomes
         "step_seconds" (of the run without capture), "captured_step_us" "captured_step_seconds". "span": int32 per
         token, number of the prompt's span that holds it, -1 for none.
         """
         own = ("request", "prompt_len", "n_steps")
-        facts = {key: value for key, value in self._row.items() if key not in own and value is not None}
+        known = {key: value for key, value in self._row.items() if key not in own and value is not None}
+        facts = {key: np.array(value) if isinstance(value, list) else value for key, value in known.items()}
         facts["tokens"] = np.array(facts["tokens"], np.int32)
         if "steps.parquet" in self.manifest["files"]:
             table = read_table(self.path / "steps.parquet", ("request", "step"), self.id)
@@ -83,10 +84,17 @@ class FileSource(Source):
         return facts
 
     @cached_property
+    def inv_freq(self) -> np.ndarray | None:  # type: ignore[override]
+        """None too where layers are rotated in different ways: the manifest does not say which in which."""
+        found = {tuple(r["inv_freq"]) for r in self.manifest.get("rotary", ())}
+        return np.array(found.pop()) if len(found) == 1 else None
+
+    @cached_property
     def provides(self) -> frozenset[str]:  # type: ignore[override]
         known = dict(zip(("colsum", "colsq", "colmax"), self._statistics(), strict=True))
         names = {"window_rows", *(name for name, x in known.items() if x is not None), *self.facts}
         names |= {"q", "k", "v"} if vectors_name(self.id) in self.manifest["files"] else set()
+        names |= set() if self.inv_freq is None else {"inv_freq"}
         return frozenset(names | ({"spans"} if (self.path / spans_name(self.id)).is_file() else set()))
 
     def prompt(self) -> PromptRows:

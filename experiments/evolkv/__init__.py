@@ -1,0 +1,1 @@
+"""EvolKV: layer budgets found by search on some requests, judged on others."""

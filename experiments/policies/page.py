@@ -1,0 +1,168 @@
+"""Write docs/policies.md: every registered policy, and how they compare on our trace.
+
+kvsim sweep experiments/policies/comparison.toml --jobs 2 -o runs/policies
+python -m experiments.policies.page runs/policies   # new numbers and figures
+python -m experiments.policies.page                 # the text again, from the numbers that are committed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from kvsim.catalogue import EVIDENCE, Entry, entries
+from kvsim.figures import draw
+from kvsim.figures.families import label
+from kvsim.sweeps import open_results
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+RESULTS = HERE / "results.json"
+METRICS = {
+    "recall": "recall",
+    "output_error": "output error",
+    "gold_loss": "gold loss",
+    "recurrence_loss": "recurrence loss",
+    "stranded_share": "stranded",
+}
+SHOWN = ("20%", "50%")
+MIB = 2**20
+
+
+def read_grid(folder: Path) -> list[dict[str, Any]]:
+    """What the page shows of each run, ordered by policy and budget."""
+    kept = ("policy", "budget", *METRICS, "held_mean_bytes", "state_bytes_per_page", "ceiling", "oracle")
+    rows = [{key: row[key] for key in kept} for row in open_results(folder).rows()]
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float):
+                row[key] = round(value, 6) if math.isfinite(value) else None
+    return sorted(rows, key=lambda row: (row["policy"], float(row["budget"].rstrip("%"))))
+
+
+def catalogue_text() -> str:
+    """One table per family, from the registry alone."""
+    parts = []
+    for family, members in groupby(entries(), key=lambda e: e.family):
+        head = "| policy | what it keeps | kind | regimes | per | needs | evidence | parameters |\n" + "|---" * 8 + "|"
+        parts.append(f"### {family[0].upper()}{family[1:]}\n\n{head}\n" + "\n".join(map(_line, members)))
+    return "\n\n".join(parts)
+
+
+def _line(e: Entry) -> str:
+    needs = ", ".join(f"`{n}`" for n in e.needs)
+    defaults = f"`{e.defaults}`" if e.defaults else ""
+    cells = (f"`{e.name}`", e.summary, e.kind, ", ".join(e.regimes), e.decides, needs, e.evidence, defaults)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def results_text(rows: list[dict[str, Any]]) -> str:
+    """The numbers at two budgets, best recall first, beside the bytes held: not every policy keeps to a budget."""
+    parts = []
+    for budget in SHOWN:
+        at = [row for row in rows if row["budget"] == budget and row["policy"] != "full"]
+        ceiling = next(row["ceiling"] for row in at if row["policy"] == "lru")
+        head = f"| policy | {' | '.join(METRICS.values())} | held, MiB | state, bytes |\n|---|" + "---|" * (
+            len(METRICS) + 2
+        )
+        lines = [_numbers(row) for row in sorted(at, key=lambda row: (-row["recall"], row["policy"]))]
+        title = f"### At {budget} of each request's final length: the step ceiling is {ceiling:.3f}"
+        parts.append("\n".join([title, "", head, *lines]))
+    return "\n\n".join(parts)
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    cells = ["" if row[key] is None else f"{row[key]:.3f}" for key in METRICS]
+    held, state = f"{row['held_mean_bytes'] / MIB:.1f}", str(row["state_bytes_per_page"])
+    name = f"`{row['policy']}`" + (" (oracle)" if row["oracle"] else "")
+    return "| " + " | ".join([name, *cells, held, state]) + " |"
+
+
+def best(rows: list[dict[str, Any]], key: str, budget: str, most: float) -> list[dict[str, Any]]:
+    """Policies that do not know the future and hold no more than `most` times LRU's bytes, best first."""
+    held = next(r["held_mean_bytes"] for r in rows if r["policy"] == "lru" and r["budget"] == budget)
+    fair = [
+        r
+        for r in rows
+        if r["budget"] == budget and not r["oracle"] and r["policy"] != "full" and r[key] is not None
+        and r["held_mean_bytes"] <= most * held
+    ]  # fmt: skip
+    return sorted(fair, key=lambda r: (-r[key] if key == "recall" else r[key], r["policy"]))
+
+
+def winners_text(rows: list[dict[str, Any]]) -> str:
+    """Who is best by which measure, among those that hold what LRU holds (within 2 %)."""
+    lines = ["| | " + " | ".join(f"at {b}" for b in SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
+    for key in ("recall", "output_error", "gold_loss", "recurrence_loss"):
+        cells = []
+        for budget in SHOWN:
+            first = best(rows, key, budget, 1.02)[:3]
+            cells.append(", ".join(f"`{label(r['policy'])}` {r[key]:.3f}" for r in first))
+        lines.append(f"| {METRICS[key]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    evidence = "; ".join(f"*{tag}*: {words}" for tag, words in EVIDENCE.items())
+    figures = "\n".join(f"![{name}](figures/policies-{key}.png)\n" for key, name in _FIGURES.items())
+    return f"""# Policies
+
+Written by `python -m experiments.policies.page` from the registry and `experiments/policies/results.json`; do not edit.
+
+`kvsim list policies` prints the same list, `kvsim list policies NAME` the source, formula and departures of one, and
+`kvsim check NAME` tries its contract. Every policy also takes `sink` and `recent` (tokens that stay; `recent` may be a
+share of the budget) and `protect_head`, `protect_tail` (shares of the budget).
+
+*Kind*: online decides while decoding; once decides after the prompt, and what is generated stays beside the budget; a
+read set chooses what attention reads and keeps the rest; an oracle knows the future. *Needs*: what the trace must hold
+beyond rows (`kvsim capture --vectors` for q, k, v; `--spans` for spans). *Evidence*: {evidence}.
+Which of them agree with whose original: [peers.md](peers.md).
+
+{catalogue_text()}
+
+## On our trace
+
+`experiments/policies/comparison.toml`: two requests of the reasoner (203 + 309 tokens, 3 layers of 4 KV heads), with
+and without protected tokens. All numbers are of an open loop, and of one small model: they say how the policies treat
+*this* attention, not which is best. Recall is attention mass; output error, what the missing pages do to attention's
+output; gold loss, the share of the tokens that the answer comes from which are gone; recurrence loss, that of uses;
+stranded, tokens that are gone but whose block of 16 is still held. Held bytes are those of an 8B model's pages, mean over decode steps.
+
+Best three that hold what LRU holds:
+
+{winners_text(rows)}
+
+{figures}
+{results_text(rows)}
+"""
+
+
+_FIGURES = {
+    "recall": "Recall against bytes held, by family",
+    "output_error": "Output error against bytes held, by family",
+    "gold_loss": "Gold-source loss against bytes held, by family",
+    "recurrence_loss": "Recurrence loss against bytes held, by family",
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("runs", nargs="?", type=Path, help="folder of the sweep; without it, the committed numbers")
+    runs = options.parse_args().runs
+    if runs:
+        RESULTS.write_text(json.dumps(read_grid(runs), indent=0) + "\n", encoding="utf-8")
+        grid = open_results(runs)
+        for key in _FIGURES:
+            path = DOCS / "figures" / f"policies-{key}.png"
+            draw(grid, path, kind="families", x="held_mean_bytes", y=key)
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    (DOCS / "policies.md").write_text(page(rows), encoding="utf-8")
+    print(f"written {DOCS / 'policies.md'}")
+
+
+if __name__ == "__main__":
+    main()

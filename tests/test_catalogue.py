@@ -1,0 +1,38 @@
+"""What is said about policies is complete, and the page that says it is up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.policies.page import catalogue_text
+from kvsim import registry
+from kvsim.catalogue import EVIDENCE, FAMILIES, entries, entry
+from kvsim.errors import PolicyError
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_policy_is_listed_once_with_family_evidence_and_a_source():
+    found = entries()
+    assert sorted(e.name for e in found) == registry.names()
+    for e in found:
+        assert e.family in FAMILIES and e.evidence in EVIDENCE, e
+        assert e.summary and set(e.regimes) <= {"lossy", "offload"}, e
+        if e.evidence != "own":
+            assert any(mark in e.text for mark in ("arXiv", "NSDI", "ACL", ".py", ".c", ".cpp", " et al")), e.name
+
+
+def test_an_entry():
+    e = entry("h2o")
+    assert (e.kind, e.decides, e.needs, e.evidence) == ("online", "head", (), "code")
+    assert e.parameters["recent"] == "50%" and e.defaults == "recent='50%'"
+    assert entry("belady").kind == "oracle" and entry("snapkv").kind == "once" and entry("quest").kind == "read set"
+    with pytest.raises(PolicyError, match="h20"):
+        entry("h20")
+
+
+def test_the_page_lists_what_is_registered():
+    text = (DOCS / "policies.md").read_text(encoding="utf-8")
+    assert catalogue_text() in text, "python -m experiments.policies.page rewrites it"
