@@ -198,9 +198,10 @@ def curve(
         chosen, strict = [str(b) for b in budgets], True
 
     def found(at: _Setting, request: Request) -> _Sums:
-        new_cache(at, request, at.policy())  # refuses a budget below what is protected
-        mass, pages = passes[request.id]
+        mass, pages, least = passes[request.id]
         budget = min(at.budget(request), request.stride)
+        if budget < least:
+            new_cache(at, request, at.policy())  # refuses it
         return _Sums(mass[budget], mass[-1], pages[budget], pages[-1])
 
     def replayed(at: _Setting, request: Request) -> _Sums:
@@ -257,9 +258,9 @@ def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request]
     }
 
 
-def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], str]:
-    """By request, the mass and the used pages that the cache of each size had on the GPU, [stride + 1]; nothing where
-    caches are not nested. And why."""
+def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, tuple[np.ndarray, np.ndarray, int]], str]:
+    """By request, the mass and the used pages that the cache of each size had on the GPU, [stride + 1], and how many
+    are protected; nothing where caches are not nested. And why."""
     policy = setting.policy()
     offload = None if setting.lossy else parse_spec(str(setting.config.offload)).name
     why_not = not_nested(policy)
@@ -274,7 +275,8 @@ def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, tuple[np.nda
             if why_not := stacks.depends:
                 return {}, why_not
             tell(a)
-        passes[request.id] = np.cumsum(stacks.mass), np.cumsum(stacks.found)
+        head, tail = stacks.protected()
+        passes[request.id] = np.cumsum(stacks.mass), np.cumsum(stacks.found), int((head + tail).max())
     why = "who leaves is the same at every budget" if policy.bounded else "it keeps everything at every budget"
     return passes, why_not or why
 

@@ -198,9 +198,11 @@ def load_all() -> None:
 
     A plug-in that does not import is named in a warning and left out.
     """
-    built_in = importlib.import_module("kvsim.policies")
-    for module in pkgutil.iter_modules(built_in.__path__):
-        importlib.import_module(f"kvsim.policies.{module.name}")
+    if "built-in" not in _LOADED:
+        built_in = importlib.import_module("kvsim.policies")
+        for module in pkgutil.iter_modules(built_in.__path__):
+            importlib.import_module(f"kvsim.policies.{module.name}")
+        _LOADED.add("built-in")
     if "plugins" not in _LOADED:
         _LOADED.add("plugins")
         from importlib.metadata import entry_points

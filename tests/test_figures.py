@@ -230,7 +230,7 @@ def test_many_lanes_fit(one):
         ({"x": "nonsense"}, "the columns are"),
         ({"hue": "colour"}, "hue"),
         ({"y": "policy"}, "not a number"),
-        ({"kind": "pie"}, "line, timeline, lanes"),
+        ({"kind": "pie"}, "line, families, timeline, lanes"),
         ({"kind": "lanes"}, "one run"),
         ({"kind": "timeline"}, "one run"),
     ],

@@ -111,7 +111,7 @@ def _nested(spec: str, regimes: tuple[str, ...]) -> list[str]:
 
     def policy() -> Any:
         p = registry.build(spec)
-        p.rows = "full"
+        p.rows, p.recent = "full", p.recent if isinstance(p.recent, int) else 2
         return p
 
     trace = tiny_trace(steps=32)
