@@ -246,11 +246,6 @@ def _2q_miss(m, k, room):
         _pull(m, k)
     while m.load[_ONE] + m.load[_TWO] + m.size[k] > room:
         _2q_evict(m, room)
-    most = room - max(1.0, np.floor(room * m.rule[0]))
-    while ghost and m.load[_TWO] > 0 and m.load[_TWO] + m.size[k] > most:  # never where all pages are of one size
-        out = m.ends[_TWO, 1]
-        _pull(m, out)
-        _leaves(m, out)
     _admit(m, k, _TWO if ghost else _ONE)
 
 
@@ -748,7 +743,7 @@ class TwoQ(_Queue):
 
     Johnson and Shasha, VLDB 1994, the full version; libCacheSim's TwoQ.c. `a1in` (a hit there changes nothing) and
     `a1out` (page numbers only) are shares of the capacity, rounded down, A1in to one at least. Room is made by the
-    oldest of A1in where that holds more than its share, else by the LRU, which never holds more than the rest.
+    oldest of A1in where that holds more than its share, else by the LRU.
 
     Departures: a page of A1out that is asked for leaves it before room is made, as in libCacheSim; the paper is silent.
     """

@@ -165,8 +165,6 @@ class TwoQ(Model):
                 self.drop(self.i[0], self.i, self.o, int(self.room * 0.5))
             else:
                 self.drop(self.m[0], self.m)
-        while known and self.m and self.of(*self.m, k) > self.room - max(1, int(self.room * 0.25)):
-            self.drop(self.m[0], self.m)
         (self.m if known else self.i).append(k)
         self.held.add(k)
 
