@@ -8,12 +8,12 @@ a table lane.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from kvsim.cache import hooks, kernels
+from kvsim.cache import fused, hooks, kernels, threads
 from kvsim.cache.table import Table
 from kvsim.cache.view import Facts, View, locked, protected
 from kvsim.trace.access import Access
@@ -38,8 +38,10 @@ class Lanes:
         self.shape = {"head": (layers, heads), "layer": (layers, 1), "token": (1, 1)}[policy.granularity]
         self.lanes, self.rows = self.shape[0] * self.shape[1], layers * heads
         self.row_lanes, self.stride, self.page_size, self.policy = row_lanes, stride, page_size, policy
-        self.policy_seconds = 0.0  # wall time spent in hooks
+        self.policy_seconds = 0.0  # wall time spent in hooks; a score that is compiled into the choice is not among it
         self.budget = np.full(self.lanes, min(budget, stride) if policy.bounded else stride, np.int64)
+        self._protected: tuple[np.ndarray, np.ndarray] | None = None
+        self.fused: fused.Fused | None = None  # the policy's hooks as compiled loops, where that pays
         self.table = Table(self.lanes, 0, {})
         self.view = View(self.table, self.shape, page_size, seed, rates, facts)
         self.view.budget = locked(self.budget.reshape(*self.shape, 1))  # follows every change of ours
@@ -53,13 +55,19 @@ class Lanes:
 
     def shrink(self) -> None:
         """Once a long prompt is cut, the table is as wide as the budget again."""
-        needed = max(int(self.table.resident().max()), int(self.budget.max())) + self.policy.lag + 1
+        needed = int(self.budget.max()) + self.policy.lag + 1
+        if 2 * needed < self.table.slots:
+            needed = max(needed, int(self.table.filled().max()) + self.policy.lag + 1)
         if 2 * needed < self.table.slots:
             self.resize(needed)
 
     def resize(self, slots: int) -> None:
         self.table = self.table.resized(slots)
         self.view.bind(self.table)
+
+    def each(self, loop: Callable[..., None], *arguments: Any) -> None:
+        """A compiled loop over all lanes."""
+        threads.each(loop, self.lanes, self.table.slots, *arguments)
 
     # -- asking the hooks --------------------------------------------------------------------------------------
 
@@ -79,6 +87,15 @@ class Lanes:
         """A mask [lanes, slots] in the shape that hooks get, read-only."""
         return locked(mask.reshape(*self.shape, self.table.slots))
 
+    def observe(self) -> None:
+        """The policy looks at what attention did."""
+        if self.fused and self.fused.observe and self.view.now:
+            begin = time.perf_counter()
+            self.each(self.fused.observe, *self.fused.arguments("observe", self.table, self.view))
+            self.policy_seconds += time.perf_counter() - begin
+        else:
+            self.call("observe", self.view, optional=True)
+
     # -- choosing victims --------------------------------------------------------------------------------------
 
     def score(self) -> np.ndarray:
@@ -86,16 +103,25 @@ class Lanes:
 
     def protected(self) -> tuple[np.ndarray, np.ndarray]:
         """Pages per lane at the head and at the tail that leave last, and that a read set holds."""
-        return protected(self.policy, self.budget, self.page_size)
+        if self._protected is None:
+            self._protected = protected(self.policy, self.budget, self.page_size)
+        return self._protected
 
-    def choose(self, a: Access, bit: int, excess, score, head, tail) -> tuple[np.ndarray, np.ndarray]:
-        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last."""
+    def choose(self, a: Access, bit: int, excess, head, tail, score=None) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last.
+
+        `bit` 0: in any tier; `score`: the policy's, if None.
+        """
         t = self.table
         pinned = a.keys - 1 if a.tokens % self.page_size else -1  # a page that is still being filled
         out, counts = np.empty((self.lanes, int(excess.max())), np.int32), np.empty(self.lanes, np.int64)
-        bad = kernels.victims(score, t.key, t.copies, bit, excess, head, a.keys - tail, pinned, out, counts)
-        if bad >= 0:
-            lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
+        most = t.copies, bit, excess, head, a.keys - tail, pinned, out, counts
+        if score is None and self.fused and self.fused.victims and a.step:
+            self.each(self.fused.victims, *most, *self.fused.arguments("score", t, self.view))
+        else:
+            kernels.victims(self.score() if score is None else score, t.key, *most)
+        if counts.min() < 0:
+            lane = tuple(int(i) for i in np.unravel_index(counts.argmin(), self.shape))
             wrong = f"returned NaN at step {a.step}, lane {lane}"
             raise hooks.broken(self.policy, wrong, "score", "every resident page needs a number")
         return out, counts

@@ -146,7 +146,7 @@ class Tiers:
                 continue
             spare = (t.copies & ~np.uint8(bit)) != 0
             score = np.where(spare, np.float32(-np.inf), self.lanes.score())
-            gone = self.lanes.mask(*self.lanes.choose(a, bit, over, score, none, none))
+            gone = self.lanes.mask(*self.lanes.choose(a, bit, over, none, none, score))
             down = gone & ~spare
             if bit == SSD and down.any():
                 raise ConfigError(
