@@ -7,13 +7,14 @@ still counted in the step it leaves after.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from kvsim.cache import hooks, kernels, sized
+from kvsim.cache import fused, hooks, kernels, sized
 from kvsim.cache.demand import FAIR_SHARE, Use
 from kvsim.cache.lanes import Lanes
 from kvsim.cache.outcome import Outcome
@@ -37,6 +38,8 @@ class Cache(Lanes):
 
     Raises ConfigError for a budget below what is protected, or tiers that cannot hold the request.
     """
+
+    fusing: bool | None = None  # compile what of the policy can be: None where it pays; both ways decide the same
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class Cache(Lanes):
         self._check(capacity)
         self.tiers = None if self.lossy else Tiers(self, offload, capacity, record)
         self._hit = np.empty(self.rows, np.float32)
-        self._found = np.empty(self.rows, np.int64)
+        self._used, self._found = np.empty(self.rows, np.int64), np.empty(self.rows, np.int64)
         self._renormalise = self.lossy and policy.rows == "visible"
         self._cut = False  # has the budget been enforced yet?
         self.seen = self.table.key  # keys that attention may see in this step, [lanes, slots]; -1 elsewhere
@@ -99,21 +102,21 @@ class Cache(Lanes):
         self.view.now, self.view.keys, self.view.tokens, self.view.vectors = a.step, a.keys, a.tokens, a.vectors
         limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
         out = Outcome.blank(self.rows, self.shape[0])
-        kernels.row_totals(row, peak, a.keys, *limits, out.total, out.used)
         self._enter(a)
         self.seen = seen = self._read_set()
         read = self._demand(row, peak, seen, limits, a.keys, out) if self.tiers else None
         if self.watch:
             self.watch(a, seen >= 0 if read is None else read)
-        out.held = np.full(self.lanes, a.keys) if a.prefill else self.table.resident()
-        self._touch(a, row, peak, seen, limits)
+        out.held = np.full(self.lanes, a.keys) if a.prefill else self.resident()
+        self._touch(a, row, peak, seen, limits, out)
         if self.lossy:
-            out.hit[:], out.attended[:], out.found[:] = self._hit, self._hit, out.used if a.prefill else self._found
+            out.hit[:], out.attended[:], out.used[:] = self._hit, self._hit, self._used
+            out.found[:] = self._used if a.prefill else self._found
             out.read[:] = self.sum_layers(self.table.filled()) if seen is self.table.key else self.by_layer(seen >= 0)
-        self.call("observe", self.view, optional=True)
+        self.observe()
         self._settle(a, out)
         self.view.prompt = None
-        out.resident = self.table.resident()
+        out.resident = self.resident()
         if self.auditing:
             self.audit(a)
         return out
@@ -126,6 +129,7 @@ class Cache(Lanes):
             self.table = Table(self.lanes, slots, {**self.policy.columns, **own})
             self.table.fill(a.keys)
             self.view.bind(self.table)
+            self.fused = self._fuse(a)
         elif a.fresh:
             for key in range(a.keys - a.fresh, a.keys):
                 self.grow()
@@ -133,6 +137,13 @@ class Cache(Lanes):
         if a.first.any():
             gone = self.table.key < self.per_lane(a.first)[:, None]
             self.table.release_where(gone & (self.table.key >= 0))
+
+    def _fuse(self, a: Access) -> fused.Fused | None:
+        """The policy's compiled loops, where the steps that this request may take pay for them."""
+        if self.fusing is not None:
+            return fused.fuse(self.policy, math.inf) if self.fusing else None
+        slots = min(int(self.budget.max()), self.stride) if self.lossy else self.stride
+        return fused.fuse(self.policy, self.lanes * slots * (self.stride - a.keys) * self.page_size)
 
     def _read_set(self) -> np.ndarray:
         """Keys that attention may see, int32 [lanes, slots]; -1 hides a page."""
@@ -159,16 +170,18 @@ class Cache(Lanes):
         self.tiers.demand(missing, read, keys, out)
         return read
 
-    def _touch(self, a: Access, row, peak, seen, limits) -> None:
+    def _touch(self, a: Access, row, peak, seen, limits, out: Outcome) -> None:
         t = self.table
         if a.prefill:
+            kernels.row_totals(row, peak, a.keys, *limits, out.total, self._used)
             self._warm_start(a)
-            return
-        missing = a.keys * self.page_size - a.tokens
-        kernels.touch(
-            row, peak, seen, t.weights, t.mass, t.last, t.uses, a.step, self._renormalise,
-            self.predicate.value, self.predicate.absolute, self.page_size, missing, *limits, self._hit, self._found,
-        )  # fmt: skip
+        else:
+            missing = a.keys * self.page_size - a.tokens
+            self.each(
+                kernels.touch, row, peak, a.keys, seen, t.weights, t.mass, t.last, t.uses, a.step,
+                self._renormalise, self.predicate.value, self.predicate.absolute, self.page_size, missing, *limits,
+                out.total, self._used, self._hit, self._found,
+            )  # fmt: skip
 
     def _warm_start(self, a: Access) -> None:
         """Prompt rows count: mass is the column sum, uses the stored rows that used the page."""
@@ -204,6 +217,10 @@ class Cache(Lanes):
             span_sums=pooled(p.span_sums),
         )
 
+    def resident(self) -> np.ndarray:
+        """int64 [lanes]: pages on the GPU."""
+        return self.table.resident() if self.tiers else self.table.filled()
+
     # -- bringing tiers down to their capacity ------------------------------------------------------------------
 
     def _settle(self, a: Access, out: Outcome) -> None:
@@ -231,14 +248,16 @@ class Cache(Lanes):
     def _settle_gpu(self, a: Access, out: Outcome) -> None:
         self._split()
         self._cut = True
-        over = self.occupied() - self.budget
-        if not (over > 0).any():
+        over = (self.resident() if self.sizes is None else self.occupied()) - self.budget
+        if over.max() <= 0:
             return
         head, tail = self.protected()
-        held = head + np.maximum(tail, a.tokens % self.page_size > 0)  # with the page that is being filled
-        batch = np.minimum(self.policy.batch, self.budget + 1 - held)  # only the excess takes protected pages
-        excess = np.where(over > 0, np.maximum(over, batch if self.sizes is None else 0), 0)
-        chosen, counts = self.choose(a, GPU, excess, self.score(), head, tail)
+        excess = np.maximum(over, 0)
+        if self.policy.batch > 1 and self.sizes is None:
+            held = head + np.maximum(tail, a.tokens % self.page_size > 0)  # with the page that is being filled
+            batch = np.minimum(self.policy.batch, self.budget + 1 - held)  # only the excess takes protected pages
+            excess = np.where(over > 0, np.maximum(over, batch), 0)
+        chosen, counts = self.choose(a, GPU if self.tiers else 0, excess, head, tail)
         if self.tiers:
             self.tiers.place(self.mask(chosen, counts), out)
         else:
@@ -250,6 +269,7 @@ class Cache(Lanes):
         if callable(getattr(self.policy, "split", None)):
             wanted = self.broadcast(self.call("split", self.view), "budgets", np.int64, slots=1)
             self.budget[:] = np.clip(wanted[:, 0], 1, self.total)
+            self._protected = None
 
     def audit(self, a: Access) -> None:
         """Recount the table and the budget; an assertion here is a mistake of ours."""

@@ -2,7 +2,7 @@
 
 Arrays are flat over lanes: table columns [lanes, slots], rows [row_lanes, stride]. A table lane decides
 for `row_lanes / lanes` consecutive row lanes (the KV heads of a layer at layer granularity). Each kernel
-is one pass over memory; everything a policy computes stays NumPy.
+is one pass over memory, lane by lane; what a policy computes is NumPy's, or `fused`'s.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ _LAST = 2**31 - 1  # above every key and every ordered score
 
 
 @njit(**_JIT)
-def _sum(x, n):
-    """Sum of the first `n` in eight interleaved parts: no chain of additions, the same order on any machine."""
-    a = b = c = d = e = f = g = h = np.float32(0.0)
-    whole = n - n % 8
-    for i in range(0, whole, 8):
-        a += x[i]
-        b += x[i + 1]
-        c += x[i + 2]
-        d += x[i + 3]
-        e += x[i + 4]
-        f += x[i + 5]
-        g += x[i + 6]
-        h += x[i + 7]
-    for i in range(whole, n):
-        a += x[i]
-    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+def _sum(x, strands):
+    """Sum of a row in 64 `strands`, side by side: no chain of additions, and the same order on any machine."""
+    n = x.shape[0]
+    many, whole = n - n % 512, n - n % 64
+    strands[:] = 0.0
+    for i in range(0, many, 512):
+        p = x[i : i + 512]
+        for j in range(64):
+            first = (p[j] + p[j + 64]) + (p[j + 128] + p[j + 192])
+            strands[j] += first + ((p[j + 256] + p[j + 320]) + (p[j + 384] + p[j + 448]))
+    for i in range(many, whole, 64):
+        p = x[i : i + 64]
+        for j in range(64):
+            strands[j] += p[j]
+    p = x[whole:]
+    for j in range(p.shape[0]):
+        strands[j] += p[j]
+    total = np.float32(0.0)
+    for j in range(16):
+        total += (strands[j] + strands[j + 16]) + (strands[j + 32] + strands[j + 48])
+    return total
 
 
 @njit(inline="always")
@@ -43,72 +48,117 @@ def _is_used(peak, key, need, need_key):
 
 
 @njit(**_JIT)
+def _count_used(peak, need, need_key):
+    """How many pages of one row are used."""
+    first = max(0, min(peak.shape[0], need_key))
+    older, newer, count = peak[:first], peak[first:], np.int32(0)
+    for k in range(older.shape[0]):
+        count = np.int32(count + np.int32(older[k] > need))
+    for k in range(newer.shape[0]):
+        count = np.int32(count + np.int32(newer[k] >= need))
+    return count
+
+
+@njit(**_JIT)
 def row_totals(row, peak, keys, need, need_key, total, used):
     """Per row lane: the row's sum and how many pages are used."""
+    strands = np.empty(64, np.float32)
     for m in range(row.shape[0]):
-        total[m] = _sum(row[m], keys)
-        count = 0
-        for k in range(keys):
-            count += _is_used(peak[m, k], k, need[m], need_key[m])
-        used[m] = count
+        total[m] = _sum(row[m, :keys], strands)
+        used[m] = _count_used(peak[m, :keys], need[m], need_key[m])
 
 
 @njit(**_JIT)
 def touch(
-    row, peak, key, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing, need, need_key,
-    hit, used,
+    begin, end, row, peak, keys, key, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing,
+    need, need_key, total, used, hit, found,
 ):  # fmt: skip
-    """Look up every page's weight and update mass, last and uses; count what was found.
+    """Lanes `begin` to `end`: sum their rows, look up every page's weight, update mass, last and uses, and count.
 
     `need`, `need_key` [row_lanes]: the limits of `Use`, from which a page counts as used on the full row; a lane of
     several rows compares means of peaks and limits. `renormalise`: divide each row by what of it is visible, as the
     softmax over the surviving pages would; a page is then used when that weight reaches `use` (`absolute`) or `use` /
-    visible tokens. `missing`: tokens the newest page still lacks. Returns in `hit` the visible mass per row lane and
-    in `used` the visible pages that are used by the full row.
+    visible tokens. `missing`: tokens the newest page still lacks. Returns per row lane `total` and `used`, as
+    `row_totals` does, the visible mass `hit`, and in `found` the visible pages that are used by the full row.
 
-    A few short loops over one lane, each of one kind, run faster than one loop that does everything.
+    Short loops over one lane, of few arrays each: a processor does eight lines at once only where no more than a few
+    arrays could overlap, and one lane stays in its nearest cache.
     """
-    lanes, slots = key.shape
-    group = row.shape[0] // lanes
-    found, top, most = np.empty(slots, np.float32), np.empty(slots, np.float32), np.empty(slots, np.float32)
-    for t in range(lanes):
-        resident = 0
-        for s in range(slots):
-            weights[t, s] = 0.0
-            most[s] = 0.0
-            resident += key[t, s] >= 0
-        least, least_key = np.float32(0.0), np.int32(0)
+    slots = key.shape[1]
+    group = row.shape[0] // key.shape[0]
+    now, strands = np.int32(now), np.empty(64, np.float32)
+    weight, weight_sum = np.empty(slots, np.float32), np.empty(slots, np.float32)
+    top, top_sum = np.empty(slots, np.float32), np.empty(slots, np.float32)
+    for t in range(begin, end):
+        page, least, least_key, factor, pages = key[t], np.float32(0.0), np.int32(0), np.float32(1.0), np.int32(0)
         for m in range(t * group, (t + 1) * group):
-            for s in range(slots):
-                k = key[t, s]
-                found[s] = row[m, k] if k >= 0 else np.float32(0.0)
-            if page_size == 1:  # a page is its token
-                top[:] = found
-            else:
-                for s in range(slots):
-                    k = key[t, s]
-                    top[s] = peak[m, k] if k >= 0 else np.float32(0.0)
-            hit[m] = _sum(found, slots)
-            scale = np.float32(1.0) / hit[m] if renormalise and hit[m] > 0 else np.float32(1.0)
-            count = 0
-            for s in range(slots):
-                count += (key[t, s] >= 0) & _is_used(top[s], key[t, s], need[m], need_key[m])
-                weights[t, s] += found[s] * scale
-                most[s] += top[s] * scale
-            used[m] = count
+            total[m] = _sum(row[m, :keys], strands)
+            used[m] = _count_used(peak[m, :keys], need[m], need_key[m])
+            pages, found[m] = _look_up(row[m], page, need[m], need_key[m], weight)
+            hit[m] = _sum(weight, strands)
+            factor = np.float32(1.0) / hit[m] if renormalise and hit[m] > 0 else np.float32(1.0)
+            if page_size > 1:
+                pages, found[m] = _look_up(peak[m], page, need[m], need_key[m], top)
+            if group > 1:
+                _add(weight_sum, weight, factor, m == t * group)
+                if page_size > 1:
+                    _add(top_sum, top, factor, m == t * group)
             least += need[m]
             least_key = max(least_key, need_key[m])
-        least /= group
+        if group > 1:
+            factor = np.float32(1.0) / np.float32(group)
+            least *= factor
         if renormalise:
-            tokens = np.float32(max(1, resident * page_size - missing))
+            tokens = np.float32(max(1, pages * page_size - missing))
             least = np.float32(use) if absolute else np.float32(use) / tokens
-        for s in range(slots):
-            weights[t, s] /= group
-            mass[t, s] += weights[t, s]
-        for s in range(slots):
-            is_used = (key[t, s] >= 0) & _is_used(most[s] / group, key[t, s], least, least_key)
-            last[t, s] = now if is_used else last[t, s]
-            uses[t, s] += is_used
+        _note_weights(weight_sum if group > 1 else weight, factor, weights[t], mass[t])
+        if page_size > 1:
+            tops = top_sum if group > 1 else top
+            for s in range(slots):
+                top[s] = tops[s] * factor
+        _note_uses(top if page_size > 1 else weights[t], page, least, least_key, now, last[t], uses[t])
+
+
+@njit(**_JIT)
+def _look_up(row, key, need, need_key, found):
+    """What a row says of every page of a lane, 0 on empty lines; how many pages there are, and how many it uses."""
+    pages, used, first = np.int32(0), np.int32(0), max(np.int32(0), np.int32(need_key))
+    for s in range(key.shape[0]):
+        found[s] = row[max(key[s], np.int32(0))]
+    for s in range(key.shape[0]):
+        x = found[s] if key[s] >= 0 else np.float32(0.0)
+        found[s] = x
+        pages = np.int32(pages + np.int32(key[s] >= 0))
+        used = np.int32(used + np.int32(_is_used(x, key[s], need, first)))
+    return pages, used
+
+
+@njit(**_JIT)
+def _add(total, x, factor, first):
+    """`x` times `factor` onto `total`, which the first one starts."""
+    if first:
+        total[:] = 0.0
+    for s in range(x.shape[0]):
+        total[s] += x[s] * factor
+
+
+@njit(**_JIT)
+def _note_weights(weight, factor, weights, mass):
+    """This step's weights into the columns of a lane."""
+    for s in range(weight.shape[0]):
+        x = weight[s] * factor
+        weights[s] = x
+        mass[s] += x
+
+
+@njit(**_JIT)
+def _note_uses(peak, key, least, least_key, now, last, uses):
+    """Which pages of a lane this step used: the peak of an empty line is 0, and no limit is below that."""
+    first = max(np.int32(0), np.int32(least_key))
+    for s in range(key.shape[0]):
+        is_used = _is_used(peak[s], key[s], least, first)
+        last[s] = now if is_used else last[s]
+        uses[s] = np.int32(uses[s] + np.int32(is_used))
 
 
 @njit(**_JIT)
@@ -229,76 +279,111 @@ def _ordered(x):
 
 
 @njit(**_JIT)
-def _lowest(score, key, copies, bit, low, high, pinned):
+def _lowest(score, key, low, high, pinned, order):
     """Slot of the lowest (score, key) among keys from `low` to below `high`, or -1; and whether any score is NaN."""
-    best, bad, keys, nobody = np.int32(_LAST), 0, np.int32(_LAST), np.int32(_LAST)
+    nobody, bad = np.int32(_LAST), np.int32(0)
+    best, oldest, slot = nobody, nobody, nobody
     for s in range(key.shape[0]):
-        x, k = score[s], key[s]
-        here = (k >= 0) & ((copies[s] & bit) != 0) & (k != pinned)
-        bad += here & (x != x)
-        best = min(best, _ordered(x) if here & (k >= low) & (k < high) else nobody)
-    for s in range(key.shape[0]):
-        k = key[s]
-        here = (k >= low) & (k < high) & ((copies[s] & bit) != 0) & (k != pinned) & (_ordered(score[s]) == best)
-        keys = min(keys, k if here else nobody)
-    if bad or keys == nobody:
+        here = (key[s] >= 0) & (key[s] != pinned)
+        bad = np.int32(bad | np.int32(here & (score[s] != score[s])))
+        order[s] = _ordered(score[s]) if here & (key[s] >= low) & (key[s] < high) else nobody
+        best = min(best, order[s])
+    if bad or best == nobody:
         return -1, bad > 0
     for s in range(key.shape[0]):
-        if key[s] == keys:
-            return s, False
-    return -1, False
+        oldest = min(oldest, key[s] if order[s] == best else nobody)
+    for s in range(key.shape[0]):
+        slot = min(slot, np.int32(s) if key[s] == oldest else nobody)
+    return np.int64(slot), False
+
+
+@njit(**_JIT)
+def _lowest_many(score, key, low, high, pinned, want, out):
+    """The `want` lowest of one lane, into `out`, those not from `low` to below `high` last: how many, -1 for a NaN."""
+    slots = key.shape[0]
+    rank, where, n = np.empty(slots, np.uint64), np.empty(slots, np.int32), 0
+    for s in range(slots):
+        k, x = key[s], score[s]
+        if k < 0 or k == pinned:
+            continue
+        if x != x:
+            return -1
+        rank[n] = _rank(k < low or k >= high, x, k)
+        where[n] = s
+        n += 1
+    want = min(want, n)
+    if want == 0:
+        return 0
+    limit = _smallest(rank[:n].copy(), want)
+    count = 0
+    for i in range(n):
+        if rank[i] <= limit:
+            out[count] = where[i]
+            count += 1
+    return count
+
+
+@njit(**_JIT)
+def _smallest(x, nth):
+    """The `nth` smallest, from 1, of distinct numbers, which change places (Hoare's selection)."""
+    low, high = 0, x.shape[0] - 1
+    while low < high:
+        pivot, i, j = x[(low + high) // 2], low, high
+        while i <= j:
+            while x[i] < pivot:
+                i += 1
+            while x[j] > pivot:
+                j -= 1
+            if i <= j:
+                x[i], x[j] = x[j], x[i]
+                i += 1
+                j -= 1
+        if nth - 1 <= j:
+            high = j
+        elif nth - 1 >= i:
+            low = i
+        else:
+            break
+    return x[nth - 1]
+
+
+@njit(**_JIT)
+def lowest(score, key, copies, bit, low, high, pinned, want, order, out):
+    """The `want` lowest-scored pages of one lane, into `out`: how many there are, or -1 if a score is NaN.
+
+    Arguments as those of `victims`, for its lane; `order`: spare memory, int32 [slots].
+    """
+    if bit:
+        there = np.empty(key.shape[0], np.int32)
+        for s in range(key.shape[0]):
+            there[s] = key[s] if copies[s] & bit else np.int32(-1)
+        key = there
+    low, high, pinned = np.int32(max(0, low)), np.int32(high), np.int32(pinned)
+    if want != 1:
+        return _lowest_many(score, key, low, high, pinned, want, out)
+    s, bad = _lowest(score, key, low, high, pinned, order)
+    if s < 0 and not bad:  # only protected pages are left
+        s, bad = _lowest(score, key, np.int32(0), np.int32(_LAST), pinned, order)
+    out[0] = s
+    return -1 if bad else np.int64(s >= 0)
 
 
 @njit(**_JIT)
 def victims(score, key, copies, bit, excess, head, tail, pinned, out, counts):
-    """Per lane, the `excess[t]` lowest pages among those with a copy in tier `bit`.
+    """Per lane, the `excess[t]` lowest pages among those with a copy in tier `bit` (0: in any).
 
     Order: pages that are not protected first, then by score, then the older (lower) key; so it depends neither on
     slots nor on what was fetched before, and caches of different size agree on it. Protected are keys below
     `head[t]` and at or above `tail[t]`: they leave last. `pinned` is a key that may not leave at all (-1: none).
-    Returns the lane of the first NaN score, or -1.
+    `counts` says how many there are, -1 where a score is NaN.
     """
-    slots = key.shape[1]
-    rank = np.empty(slots, np.uint64)
-    where = np.empty(slots, np.int32)
+    order = np.empty(key.shape[1], np.int32)
     for t in range(key.shape[0]):
         counts[t] = 0
-        want = excess[t]
-        if want <= 0:
-            continue
-        if want == 1:
-            s, bad = _lowest(score[t], key[t], copies[t], bit, max(0, head[t]), tail[t], pinned)
-            if s < 0 and not bad:  # only protected pages are left
-                s, bad = _lowest(score[t], key[t], copies[t], bit, 0, _LAST, pinned)
-            if bad:
-                return t
-            if s >= 0:
-                out[t, 0] = s
-                counts[t] = 1
-            continue
-        n = 0
-        for s in range(slots):
-            k = key[t, s]
-            if k < 0 or not (copies[t, s] & bit) or k == pinned:
-                continue
-            x = score[t, s]
-            if x != x:
-                return t
-            guard = k < head[t] or k >= tail[t]
-            rank[n] = _rank(guard, x, k)
-            where[n] = s
-            n += 1
-        want = min(want, n)
-        if want == 0:
-            continue
-        limit = np.partition(rank[:n], want - 1)[want - 1]
-        c = 0
-        for i in range(n):
-            if rank[i] <= limit:
-                out[t, c] = where[i]
-                c += 1
-        counts[t] = c
-    return -1
+        if excess[t] > 0:
+            counts[t] = lowest(
+                score[t], key[t], copies[t], bit, head[t], tail[t], pinned, excess[t], order, out[t]
+            )  # fmt: skip
 
 
 @njit(inline="always")

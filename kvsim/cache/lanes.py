@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from kvsim.cache import hooks, kernels, sized
+from kvsim.cache import fused, hooks, kernels, sized, threads
 from kvsim.cache.table import GPU, Table
 from kvsim.cache.view import Facts, View, locked, protected
 from kvsim.trace.access import Access
@@ -39,10 +39,12 @@ class Lanes:
         self.shape = {"head": (layers, heads), "layer": (layers, 1), "token": (1, 1)}[policy.granularity]
         self.lanes, self.rows = self.shape[0] * self.shape[1], layers * heads
         self.row_lanes, self.stride, self.page_size, self.policy = row_lanes, stride, page_size, policy
-        self.policy_seconds = 0.0  # wall time spent in hooks
+        self.policy_seconds = 0.0  # wall time spent in hooks; a score that is compiled into the choice is not among it
         self.sizes = sized.sizes_of(facts, stride)  # None: every page is one
         self.total = stride if self.sizes is None else math.ceil(self.sizes.sum(dtype=np.float64))
         self.budget = np.full(self.lanes, min(budget, self.total) if policy.bounded else self.total, np.int64)
+        self._protected: tuple[np.ndarray, np.ndarray] | None = None
+        self.fused: fused.Fused | None = None  # the policy's hooks as compiled loops, where that pays
         self.table = Table(self.lanes, 0, {})
         self.view = View(self.table, self.shape, page_size, seed, rates, facts)
         self.view.budget = locked(self.budget.reshape(*self.shape, 1))  # follows every change of ours
@@ -57,13 +59,19 @@ class Lanes:
 
     def shrink(self) -> None:
         """Once a long prompt is cut, the table is as wide as the budget again."""
-        needed = max(int(self.table.resident().max()), int(self.budget.max())) + self.policy.lag + 1
+        needed = int(self.budget.max()) + self.policy.lag + 1
+        if 2 * needed < self.table.slots:
+            needed = max(needed, int(self.table.filled().max()) + self.policy.lag + 1)
         if 2 * needed < self.table.slots:
             self.resize(needed)
 
     def resize(self, slots: int) -> None:
         self.table = self.table.resized(slots)
         self.view.bind(self.table)
+
+    def each(self, loop: Callable[..., None], *arguments: Any) -> None:
+        """A compiled loop over all lanes."""
+        threads.each(loop, self.lanes, self.table.slots, *arguments)
 
     # -- asking the hooks --------------------------------------------------------------------------------------
 
@@ -83,6 +91,16 @@ class Lanes:
         """A mask [lanes, slots] in the shape that hooks get, read-only."""
         return locked(mask.reshape(*self.shape, self.table.slots))
 
+    def observe(self) -> None:
+        """The policy looks at what attention did."""
+        if self.fused and self.fused.observe and self.view.now:
+            begin = time.perf_counter()
+            self.each(self.fused.observe, *self.fused.arguments("observe", self.table, self.view))
+            self.policy_seconds += time.perf_counter() - begin
+        else:
+            self.call("observe", self.view, optional=True)
+            self._protected = None  # a policy may make up its mind about what it protects
+
     # -- choosing victims --------------------------------------------------------------------------------------
 
     def score(self) -> np.ndarray:
@@ -90,7 +108,9 @@ class Lanes:
 
     def protected(self) -> tuple[np.ndarray, np.ndarray]:
         """Pages per lane at the head and at the tail that leave last, and that a read set holds."""
-        return protected(self.policy, self.budget, self.page_size)
+        if self._protected is None:
+            self._protected = protected(self.policy, self.budget, self.page_size)
+        return self._protected
 
     def occupied(self, bit: int = GPU) -> np.ndarray:
         """[lanes]: what of the tier's capacity is taken: pages, or the sum of their sizes."""
@@ -98,23 +118,30 @@ class Lanes:
             return self.table.resident(bit)
         return sized.load(self.table.key, self.table.copies, bit, self.sizes)
 
-    def choose(self, a: Access, bit: int, excess, score, head, tail, capacity=None) -> tuple[np.ndarray, np.ndarray]:
+    def choose(
+        self, a: Access, bit: int, excess, head, tail, score=None, capacity=None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Slots [lanes, n] and how many per lane: the lowest-scored copies in the tier `bit`, protected ones last.
 
-        `capacity` of the tier by lane, where that is not the budget.
+        `bit` 0: in any tier; `score`: the policy's, if None; `capacity` of the tier by lane, the budget if None.
         """
         t = self.table
         pinned = a.keys - 1 if a.tokens % self.page_size else -1  # a page that is still being filled
         most = int(excess.max()) if self.sizes is None else t.slots
         out, counts = np.empty((self.lanes, most), np.int32), np.empty(self.lanes, np.int64)
         limits = head, a.keys - tail, pinned, out, counts
-        if self.sizes is None:
-            bad = kernels.victims(score, t.key, t.copies, bit, excess, *limits)
+        if score is None and self.sizes is None and self.fused and self.fused.victims and a.step:
+            loop = self.fused.arguments("score", t, self.view)
+            self.each(self.fused.victims, t.copies, bit, excess, *limits, *loop)
         else:
-            limit = self.budget if capacity is None else capacity
-            bad = sized.victims(score, t.key, t.copies, bit, excess, limit, self.sizes, *limits)
-        if bad >= 0:
-            lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
+            score = self.score() if score is None else score
+            if self.sizes is None:
+                kernels.victims(score, t.key, t.copies, bit, excess, *limits)
+            else:
+                limit = self.budget if capacity is None else capacity
+                sized.victims(score, t.key, t.copies, bit or GPU, excess, limit, self.sizes, *limits)
+        if counts.min() < 0:
+            lane = tuple(int(i) for i in np.unravel_index(counts.argmin(), self.shape))
             wrong = f"returned NaN at step {a.step}, lane {lane}"
             raise hooks.broken(self.policy, wrong, "score", "every resident page needs a number")
         return out, counts

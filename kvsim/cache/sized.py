@@ -64,17 +64,17 @@ def victims(score, key, copies, bit, excess, limit, sizes, head, tail, pinned, o
                 continue
             x = score[t, s]
             if x != x:
-                return t
+                counts[t] = -1
+                break
             if sizes[k] > limit[t]:
                 rank[n] = np.uint64(k)  # below every score: those begin at 2**31
             else:
                 rank[n] = _rank(k < head[t] or k >= tail[t], x, k)
             where[n] = s
             n += 1
-        for i in np.argsort(rank[:n]):
+        for i in np.argsort(rank[: n if counts[t] == 0 else 0]):
             if freed >= excess[t] - NEAR:
                 break
             out[t, counts[t]] = where[i]
             counts[t] += 1
             freed += sizes[key[t, where[i]]]
-    return -1

@@ -147,7 +147,7 @@ class Tiers:
             limit = np.full_like(none, capacity)
             spare = (t.copies & ~np.uint8(bit)) != 0
             score = np.where(spare, np.float32(-np.inf), self.lanes.score())
-            gone = self.lanes.mask(*self.lanes.choose(a, bit, over, score, none, none, limit))
+            gone = self.lanes.mask(*self.lanes.choose(a, bit, over, none, none, score, limit))
             down = gone & ~spare
             if bit == SSD and down.any():
                 raise ConfigError(

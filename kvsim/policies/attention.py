@@ -131,7 +131,7 @@ class LazyEviction:
             return
         ts, mri = view["ts"], view["mri"]
         ts[view.born == view.now] = view.now - 1
-        new = np.where(view.weights >= self.alpha, np.asarray(view.now, ts.dtype), ts)
+        new = np.where(view.weights >= self.alpha, view.now, ts)
         np.maximum(mri, new - ts, out=mri)
         ts[:] = new
 

@@ -221,7 +221,7 @@ def test_size(agreement):
 @pytest.mark.parametrize(
     ("kind", "policy", "least", "sized", "note"),
     [
-        ("LFU", "lfu", 1, False, "among equal counts the first to arrive leaves; `tie='use'` is theirs"),
+        ("LFU", "lfu", 1, True, "among equal counts the first to arrive leaves; `tie='use'` is theirs"),
         ("S3FIFO", "s3-fifo", 20, False, "as in the paper, the small queue fills first; `warm='main'` is theirs"),
         ("GDSF", "gdsf", 1, True, "a newcomer is admitted, as in the paper; `compete=True` is theirs"),
         ("Belady", "belady", 1, False, "may refuse a newcomer, so it has more hits; theirs never does"),

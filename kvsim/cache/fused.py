@@ -1,0 +1,458 @@
+"""A policy's own text, compiled: `observe` and `score` where what they say of a page needs that page alone.
+
+A policy is NumPy text over whole columns. Where it is elementwise (arithmetic, comparisons, `np.where`, casts over
+columns, scalars of the view and the policy's parameters), the same text is one loop over the slots, which needs no
+array in between and no second pass for the victims. Nothing has to be declared: what is not elementwise, or could
+differ in its last bit, such as `np.exp`, runs as it is written. Types go by NumPy's own rules, operation by operation,
+so both ways decide the same; tests compare them.
+
+The loops are modules beside numba's cache of the kernels, named after what is in them, so they are compiled once.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvsim.cache import kernels
+
+LOADING, COMPILING = 5e7, 1e9  # slots times steps from which a loop pays: loading it, and making it
+
+_COLUMNS: dict[str, np.dtype] = {name: np.dtype(np.int32) for name in ("key", "born", "arrived", "last", "uses")}
+_COLUMNS |= {name: np.dtype(np.float32) for name in ("mass", "weights")}
+_SCALARS = ("now", "keys", "tokens", "newest", "page_size")
+_UFUNCS: dict[type, tuple[np.ufunc, str]] = {
+    ast.Add: (np.add, "+"), ast.Sub: (np.subtract, "-"), ast.Mult: (np.multiply, "*"), ast.Div: (np.true_divide, "/"),
+    ast.BitAnd: (np.bitwise_and, "&"), ast.BitOr: (np.bitwise_or, "|"), ast.BitXor: (np.bitwise_xor, "^"),
+    ast.Lt: (np.less, "<"), ast.LtE: (np.less_equal, "<="), ast.Gt: (np.greater, ">"),
+    ast.GtE: (np.greater_equal, ">="), ast.Eq: (np.equal, "=="), ast.NotEq: (np.not_equal, "!="),
+}  # fmt: skip
+_CHOICES = {
+    np.maximum: "({a} if {a} >= {b} or {a} != {a} else {b})",
+    np.minimum: "({a} if {a} <= {b} or {a} != {a} else {b})",
+}
+
+_HEAD = '''"""Written by kvsim.cache.fused from {policy}."""
+import numpy as np
+from numba import njit
+from kvsim.cache.kernels import lowest
+_JIT = {{"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}}
+'''
+_OBSERVE = """
+
+@njit(**_JIT)
+def _observe({arrays}, {scalars}):
+    for s in range(key.shape[0]):
+{body}
+
+@njit(**_JIT)
+def observe(begin, end, {arrays}, {scalars}):
+    for t in range(begin, end):
+        _observe({lanes}, {scalars})
+"""
+_VICTIMS = """
+
+@njit(**_JIT)
+def _score(score, {arrays}, {scalars}):
+    for s in range(key.shape[0]):
+{body}
+
+@njit(**_JIT)
+def victims(begin, end, copies, bit, excess, head, tail, pinned, out, counts, {arrays}, {scalars}):
+    order, score = np.empty(key.shape[1], np.int32), np.empty(key.shape[1], np.float32)
+    for t in range(begin, end):
+        counts[t] = 0
+        if excess[t] > 0:
+            {score}
+            counts[t] = lowest(score, key[t], copies[t], bit, head[t], tail[t], pinned, excess[t], order, out[t])
+"""
+
+
+class Refused(Exception):
+    """The text is not elementwise, or its numbers might differ: in words."""
+
+
+class Loop(NamedTuple):
+    """One hook as a loop over the slots: its lines, and what it reads."""
+
+    lines: tuple[str, ...]
+    columns: tuple[str, ...]  # of the table, the policy's own ones in square brackets
+    scalars: tuple[str, ...]  # of the view, then "self." and a parameter
+
+
+class _Term(NamedTuple):
+    """An expression for one slot; `kind` is a NumPy type, or `int` or `float` for a number of Python's."""
+
+    code: str
+    kind: Any
+
+
+def translate(policy: Any, hook: str) -> Loop:
+    """The loop of `score` or `observe`, in a decode step. Raises Refused for a text that has to stay NumPy's."""
+    function: Any = inspect.getattr_static(policy, hook, None)
+    if function is None or not inspect.isfunction(function) or hook in vars(policy):
+        raise Refused(f"{hook} is not a plain method")
+    if function.__closure__ or inspect.signature(function).parameters.keys() != {"self", "view"}:
+        raise Refused(f"{hook} is not a function of self and view alone")
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        raise Refused(f"the text of {hook} is not to be had") from None
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+        raise Refused(f"{hook} is not a plain method")
+    return _Translator(policy, function.__globals__, hook).run(tree)
+
+
+class _Translator:
+    """Walks the text of one hook; every `_on_` method is a form that it knows, anything else is refused."""
+
+    def __init__(self, policy: Any, module: Mapping[str, Any], hook: str):
+        self.policy, self.module, self.hook = policy, module, hook
+        self.private = {n: np.dtype(d) for n, d in policy.columns.items()}
+        self.names: dict[str, _Term] = {}
+        self.columns: dict[str, None] = {"key": None}
+        self.scalars: dict[str, None] = {"now": None}
+        self.lines: list[str] = []
+        self.written: set[str] = set()
+
+    def run(self, tree: ast.FunctionDef) -> Loop:
+        ended = self._block(tree.body)
+        if self.hook == "score" and not ended:
+            raise Refused("score may end without a return")
+        return Loop(tuple(self.lines), tuple(self.columns), tuple(self.scalars))
+
+    # -- statements --------------------------------------------------------------------------------------------
+
+    def _block(self, body: list[ast.stmt]) -> bool:
+        """Did it return?"""
+        return any(self._statement(node) for node in body)
+
+    def _statement(self, node: ast.stmt) -> bool:
+        match node:
+            case ast.Expr(ast.Constant()):  # a docstring
+                return False
+            case ast.Return(None) if self.hook == "observe":
+                return True
+            case ast.Return(ast.expr() as value) if self.hook == "score":
+                self.lines.append(f"score[s] = {_cast(self.value(value), np.dtype(np.float32))}")
+                return True
+            case ast.If():
+                return self._block(node.body if self._static(node.test) else node.orelse)
+            case ast.With() if all(self._callee(i.context_expr) is np.errstate for i in node.items):
+                return self._block(node.body)
+            case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)) if len(targets) == len(values):
+                terms = [self.value(v) for v in values]
+                for target, term in zip(targets, terms, strict=True):
+                    self._bind(target, term)
+            case ast.Assign([target], value):
+                self._assign(target, value)
+            case ast.AugAssign(target, op, value):
+                whole = target.value if isinstance(target, ast.Subscript) and _everything(target) else target
+                before = self._column(whole)
+                self._store(before, self._binary(op, before, self.value(value)), same_kind=True)
+            case ast.Expr(ast.Call(_, [a, b], [ast.keyword("out", out)]) as call) if self._callee(call) in _CHOICES:
+                self._store(self._column(out), self._choice(self._callee(call), a, b), same_kind=True)
+            case _:
+                raise self._refuse(node)
+        return False
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        if not isinstance(target, ast.Subscript):
+            self._bind(target, self.value(value))
+            return
+        column, term = self._column(target.value), self.value(value)
+        if not _everything(target):
+            mask = self.value(target.slice)
+            if mask.kind != np.bool_ or re.search(r"\[s\]|\bx\d+\b", term.code):  # NumPy takes one number here
+                raise self._refuse(target)
+            term = _Term(f"({_cast(term, column.kind)} if {mask.code} else {column.code})", column.kind)
+        self._store(column, term)
+
+    def _bind(self, target: ast.expr, term: _Term) -> None:
+        if not isinstance(target, ast.Name):
+            raise self._refuse(target)
+        if not _is_column(term):  # a column's name stays that column; what is computed is computed here
+            name = f"x{len(self.lines)}"
+            self.lines.append(f"{name} = {term.code}")
+            term = _Term(name, term.kind)
+        self.names[target.id] = term
+
+    def _store(self, column: _Term, term: _Term, same_kind: bool = False) -> None:
+        if same_kind and not isinstance(term.kind, type) and not np.can_cast(term.kind, column.kind, "same_kind"):
+            raise Refused(f"NumPy refuses to write {term.kind} into {column.kind} in place")
+        self.lines.append(f"{column.code} = {_cast(term, column.kind)}")
+
+    def _column(self, node: ast.expr) -> _Term:
+        """A private column, which may be written."""
+        term = self.value(node)
+        if self.hook == "score" or not (term.code.startswith("own_") and _is_column(term)):
+            raise self._refuse(node)
+        return term
+
+    def _static(self, node: ast.expr) -> bool:
+        """A test that is the same for all slots and all decode steps: of `now` against 0, or of parameters."""
+        match node:
+            case ast.Attribute(ast.Name("view"), "now"):
+                return True
+            case ast.Compare(ast.Attribute(ast.Name("view"), "now"), [ast.Eq() | ast.NotEq() | ast.Gt() as op],
+                             [ast.Constant(0)]):  # fmt: skip
+                return not isinstance(op, ast.Eq)
+            case ast.Compare(ast.Attribute(ast.Name("self"), name), [ast.Eq() | ast.NotEq() as op],
+                             [ast.Constant(str(value))]) if self._is_field(name):  # fmt: skip
+                equal = getattr(self.policy, name) == value
+                return bool(equal if isinstance(op, ast.Eq) else not equal)
+        raise self._refuse(node)
+
+    # -- expressions -------------------------------------------------------------------------------------------
+
+    def value(self, node: ast.expr) -> _Term:
+        match node:
+            case ast.Constant(value):
+                return self._number(value, node)
+            case ast.Name(name):
+                return self.names[name] if name in self.names else self._number(self.module.get(name), node)
+            case ast.Attribute(ast.Name("view"), name) if name in _COLUMNS:
+                self.columns[name] = None
+                return _Term(f"{name}[s]", _COLUMNS[name])
+            case ast.Attribute(ast.Name("view"), name) if name in _SCALARS:
+                self.scalars[name] = None
+                return _Term(name, int)
+            case ast.Attribute(ast.Name("self"), name):
+                return self._parameter(name, node)
+            case ast.Subscript(ast.Name("view"), ast.Constant(str(name))) if name in self.private:
+                if self.private[name].subdtype or self.private[name].kind not in "biuf" or self.private[name] == "f2":
+                    raise self._refuse(node)
+                self.columns[f"[{name}]"] = None
+                return _Term(f"own_{name}[s]", self.private[name])
+            case ast.BinOp(left, op, right):
+                return self._binary(op, self.value(left), self.value(right))
+            case ast.Compare(left, [op], [right]):
+                return self._binary(op, self.value(left), self.value(right))
+            case ast.UnaryOp(ast.USub(), operand):
+                term = self.value(operand)
+                if not isinstance(term.kind, type) and term.kind.kind not in "if":
+                    raise self._refuse(node)
+                return _typed(f"-{term.code}", term.kind)
+            case ast.UnaryOp(ast.Invert(), operand) if (term := self.value(operand)).kind == np.bool_:
+                return _Term(f"(not {term.code})", term.kind)
+            case ast.Call(ast.Attribute(value, "astype"), [kind], []):
+                return self._convert(self.value(value), self._type(kind), node)
+            case ast.Call(_, arguments, []) as call:
+                callee = self._callee(call)
+                if callee is np.where and len(arguments) == 3:
+                    return self._where(*(self.value(a) for a in arguments))
+                if callee in _CHOICES and len(arguments) == 2:
+                    return self._choice(callee, *arguments)
+                if isinstance(callee, type) and issubclass(callee, np.generic) and len(arguments) == 1:
+                    if isinstance(arguments[0], ast.Constant) and type(arguments[0].value) in (int, float):
+                        return self._number(callee(arguments[0].value), node)
+                    return self._convert(self.value(arguments[0]), np.dtype(callee), node)
+        raise self._refuse(node)
+
+    def _number(self, value: Any, node: ast.AST) -> _Term:
+        if isinstance(value, np.generic) and value.dtype.kind in "biuf" and value.dtype != np.float16:
+            return (
+                _typed(repr(value.item()), value.dtype) if np.isfinite(value) else _Term(_special(value), value.dtype)
+            )
+        if type(value) is float:
+            return _Term(repr(value) if np.isfinite(value) else _special(value), float)
+        if type(value) is int and abs(value) < 2**31:
+            return _Term(repr(value), int)
+        raise self._refuse(node)
+
+    def _parameter(self, name: str, node: ast.AST) -> _Term:
+        value = getattr(self.policy, name, None)
+        if type(value) not in (int, float) or not self._is_field(name) or (type(value) is int and abs(value) >= 2**31):
+            raise self._refuse(node)
+        self.scalars[f"self.{name}"] = None
+        return _Term(f"self_{name}", type(value))
+
+    def _is_field(self, name: str) -> bool:
+        return name in getattr(self.policy, "__dataclass_fields__", {})
+
+    def _binary(self, op: ast.AST, left: _Term, right: _Term) -> _Term:
+        if type(op) not in _UFUNCS:
+            raise self._refuse(op)
+        ufunc, sign = _UFUNCS[type(op)]
+        if isinstance(left.kind, type) and isinstance(right.kind, type):  # Python's own arithmetic
+            if isinstance(op, (ast.Add, ast.Sub, ast.Div)):  # whose whole numbers stay small
+                kind = float if float in (left.kind, right.kind) or isinstance(op, ast.Div) else int
+                return _Term(f"({left.code} {sign} {right.code})", kind)
+            raise self._refuse(op)
+        try:
+            one, two, result = ufunc.resolve_dtypes((left.kind, right.kind, None))
+        except TypeError:
+            raise self._refuse(op) from None
+        if one == np.bool_ and isinstance(op, (ast.Add, ast.Mult)):
+            raise self._refuse(op)
+        code = f"({_cast(left, one)} {sign} {_cast(right, two)})"
+        return _Term(code, result) if result == np.bool_ else _typed(code, result)
+
+    def _choice(self, callee: Any, left: ast.expr, right: ast.expr) -> _Term:
+        a, b = self.value(left), self.value(right)
+        one, two, result = callee.resolve_dtypes((a.kind, b.kind, None))
+        if isinstance(a.kind, type) and isinstance(b.kind, type):
+            raise self._refuse(left)
+        return _Term(_CHOICES[callee].format(a=_cast(a, one), b=_cast(b, two)), result)
+
+    def _where(self, test: _Term, left: _Term, right: _Term) -> _Term:
+        if test.kind != np.bool_:
+            raise Refused("np.where with a condition that is not a bool")
+        weak = [k() if isinstance(k, type) else k for k in (left.kind, right.kind)]
+        kind = np.result_type(*weak)
+        return _Term(f"({_cast(left, kind)} if {test.code} else {_cast(right, kind)})", kind)
+
+    def _convert(self, term: _Term, kind: np.dtype, node: ast.AST) -> _Term:
+        if kind.kind not in "biuf" or kind == np.float16:
+            raise self._refuse(node)
+        return _Term(_cast(term, kind), kind)
+
+    def _type(self, node: ast.expr) -> np.dtype:
+        found = self._constant(node)
+        if isinstance(found, type) and issubclass(found, np.generic):
+            return np.dtype(found)
+        raise self._refuse(node)
+
+    def _callee(self, node: ast.AST) -> Any:
+        return self._constant(node.func) if isinstance(node, ast.Call) else None
+
+    def _constant(self, node: ast.expr) -> Any:
+        """What a name such as `np.where` is in the policy's module."""
+        match node:
+            case ast.Attribute(ast.Name(module), name) if self.module.get(module) is np and module not in self.names:
+                return getattr(np, name, None)
+        return None
+
+    def _refuse(self, node: ast.AST) -> Refused:
+        text = ast.unparse(node) if isinstance(node, (ast.expr, ast.stmt)) else type(node).__name__
+        return Refused(f"{self.hook}: {text}")
+
+
+def _typed(code: str, kind: Any) -> _Term:
+    """An operation's result: compiled code widens small integers, NumPy keeps them."""
+    return _Term(code if isinstance(kind, type) else f"np.{kind.name}({code})", kind)
+
+
+def _cast(term: _Term, kind: np.dtype) -> str:
+    """The term as NumPy would convert it, where that is defined for every number."""
+    if term.kind == kind:
+        return term.code
+    if term.kind is int and kind.kind in "iu" and kind not in (np.int32, np.int64):
+        raise Refused(f"{term.code} as {kind} may overflow, which NumPy calls an error")
+    real = term.kind is float or (not isinstance(term.kind, type) and term.kind.kind == "f")
+    if (real and kind.kind != "f") or kind == np.bool_:
+        raise Refused(f"{term.code} as {kind}: the result differs between processors")
+    return f"np.{kind.name}({term.code})"
+
+
+def _special(value: Any) -> str:
+    code = "np.nan" if np.isnan(value) else "np.inf" if value > 0 else "-np.inf"
+    return f"np.{value.dtype.name}({code})" if isinstance(value, np.generic) else code
+
+
+def _is_column(term: _Term) -> bool:
+    return term.code.endswith("[s]") and term.code[:-3].isidentifier()
+
+
+def _everything(node: ast.Subscript) -> bool:
+    """Is it `x[:]`?"""
+    return isinstance(node.slice, ast.Slice) and node.slice.lower is node.slice.upper is node.slice.step is None
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+class Fused:
+    """The compiled hooks of one policy: `observe` and `victims`, None where the text stays NumPy's."""
+
+    def __init__(self, policy: Any, loops: Mapping[str, Loop], module: ModuleType):
+        self.policy, self.loops = policy, loops
+        self.observe: Callable[..., None] | None = getattr(module, "observe", None)
+        self.victims: Callable[..., None] | None = getattr(module, "victims", None)
+
+    def arguments(self, hook: str, table: Any, view: Any) -> list[Any]:
+        """What the loop of `hook` reads, in its order; the view takes note, as if the text had asked."""
+        loop = self.loops[hook]
+        view.asked.update(loop.columns)
+        columns = [table.private[n[1:-1]] if n[0] == "[" else getattr(table, n) for n in loop.columns]
+        return columns + [
+            getattr(self.policy, n[5:]) if n.startswith("self.") else getattr(view, n) for n in loop.scalars
+        ]
+
+
+def fuse(policy: Any, work: float) -> Fused | None:
+    """The compiled hooks of a policy, or None where none is elementwise, or `work` (slots times steps) is too little.
+
+    Both ways decide the same, so it does not matter when this says yes.
+    """
+    loops = {}
+    for hook in ("observe", "score"):
+        try:
+            loops[hook] = translate(policy, hook)
+        except Refused:
+            continue
+    if not loops or work < LOADING:
+        return None
+    text = _module(policy, loops)
+    module = _load(f"fused_{hashlib.sha256((text + _kernels()).encode()).hexdigest()[:20]}", text)
+    if work < COMPILING and not _compiled(module):
+        return None
+    return Fused(policy, loops, module)
+
+
+def _module(policy: Any, loops: Mapping[str, Loop]) -> str:
+    text = _HEAD.format(policy=f"{type(policy).__module__}.{type(policy).__qualname__}")
+    for hook, frame in (("observe", _OBSERVE), ("score", _VICTIMS)):
+        if hook in loops:
+            arrays = [n if n[0] != "[" else f"own_{n[1:-1]}" for n in loops[hook].columns]
+            lanes, scalars = ", ".join(f"{n}[t]" for n in arrays), ", ".join(loops[hook].scalars).replace(".", "_")
+            same = re.fullmatch(r"score\[s\] = (\w+)\[s\]", "\n".join(loops[hook].lines))  # a column as it is
+            text += frame.format(
+                arrays=", ".join(arrays),
+                lanes=lanes,
+                scalars=scalars,
+                score=f"score = {same[1]}[t]" if same else f"_score(score, {lanes}, {scalars})",
+                body=textwrap.indent("\n".join(loops[hook].lines) or "pass", " " * 8),
+            )
+    return text
+
+
+@cache
+def _kernels() -> str:
+    """The text of what the loops call, which numba does not look at when it finds them in its cache."""
+    return inspect.getsource(kernels)
+
+
+def _compiled(module: ModuleType) -> bool:
+    """Are its loops compiled already, in this process or in numba's cache on disk?"""
+    loop = getattr(module, "victims", None) or module.observe
+    return bool(loop.signatures) or any(Path(loop.stats.cache_path).glob(f"{module.__name__}.*.nbi"))
+
+
+def _load(name: str, text: str) -> ModuleType:
+    if name in sys.modules:
+        return sys.modules[name]
+    path = Path(kernels.touch.stats.cache_path) / f"{name}.py"
+    if not path.exists():  # numba looks at a file's date: it is written once
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
