@@ -170,6 +170,7 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
         "stall_share": ratio(s["stall_s"][d].sum(), span) if span else 0.0,
         "submit_share": ratio(s["submit_s"][d].sum(), span) if span else 0.0,
         "held_mean_bytes": mean(s["held_bytes"][d]),
+        "read_mean_bytes": mean(s["read_bytes"][d]),
         "decode_steps": int(d.sum()),
         "end_s": float(s["end_s"].max()),
     }

@@ -35,7 +35,16 @@ MIB = 2**20
 
 def read_grid(folder: Path) -> list[dict[str, Any]]:
     """What the page shows of each run, ordered by policy and budget."""
-    kept = ("policy", "budget", *METRICS, "held_mean_bytes", "state_bytes_per_page", "ceiling", "oracle")
+    kept = (
+        "policy",
+        "budget",
+        *METRICS,
+        "held_mean_bytes",
+        "read_mean_bytes",
+        "state_bytes_per_page",
+        "ceiling",
+        "oracle",
+    )
     rows = [{key: row[key] for key in kept} for row in open_results(folder).rows()]
     for row in rows:
         for key, value in row.items():
@@ -66,7 +75,7 @@ def results_text(rows: list[dict[str, Any]]) -> str:
     for budget in SHOWN:
         at = [row for row in rows if row["budget"] == budget and row["policy"] != "full"]
         ceiling = next(row["ceiling"] for row in at if row["policy"] == "lru")
-        head = f"| policy | {' | '.join(METRICS.values())} | held, MiB | state, bytes |\n|---|" + "---|" * (
+        head = f"| policy | {' | '.join(METRICS.values())} | read, MiB | held, MiB | state, bytes |\n|---|" + "---|" * (
             len(METRICS) + 2
         )
         lines = [_numbers(row) for row in sorted(at, key=lambda row: (-row["recall"], row["policy"]))]
@@ -77,9 +86,9 @@ def results_text(rows: list[dict[str, Any]]) -> str:
 
 def _numbers(row: dict[str, Any]) -> str:
     cells = ["" if row[key] is None else f"{row[key]:.3f}" for key in METRICS]
-    held, state = f"{row['held_mean_bytes'] / MIB:.1f}", str(row["state_bytes_per_page"])
+    read, held = (f"{row[f'{what}_mean_bytes'] / MIB:.1f}" for what in ("read", "held"))
     name = f"`{row['policy']}`" + (" (oracle)" if row["oracle"] else "")
-    return "| " + " | ".join([name, *cells, held, state]) + " |"
+    return "| " + " | ".join([name, *cells, read, held, str(row["state_bytes_per_page"])]) + " |"
 
 
 def best(rows: list[dict[str, Any]], key: str, budget: str, most: float) -> list[dict[str, Any]]:
@@ -130,7 +139,8 @@ Which of them agree with whose original: [peers.md](peers.md).
 and without protected tokens. All numbers are of an open loop, and of one small model: they say how the policies treat
 *this* attention, not which is best. Recall is attention mass; output error, what the missing pages do to attention's
 output; gold loss, the share of the tokens that the answer comes from which are gone; recurrence loss, that of uses;
-stranded, tokens that are gone but whose block of 16 is still held. Held bytes are those of an 8B model's pages, mean over decode steps.
+stranded, tokens that are gone but whose block of 16 is still held. Bytes are those of an
+8B model's pages, mean over decode steps: what attention reads, and what is held on the GPU (read sets hold everything).
 
 Best three that hold what LRU holds:
 
@@ -142,10 +152,10 @@ Best three that hold what LRU holds:
 
 
 _FIGURES = {
-    "recall": "Recall against bytes held, by family",
-    "output_error": "Output error against bytes held, by family",
-    "gold_loss": "Gold-source loss against bytes held, by family",
-    "recurrence_loss": "Recurrence loss against bytes held, by family",
+    "recall": "Recall against bytes read, by family",
+    "output_error": "Output error against bytes read, by family",
+    "gold_loss": "Gold-source loss against bytes read, by family",
+    "recurrence_loss": "Recurrence loss against bytes read, by family",
 }
 
 
@@ -158,7 +168,7 @@ def main() -> None:
         grid = open_results(runs)
         for key in _FIGURES:
             path = DOCS / "figures" / f"policies-{key}.png"
-            draw(grid, path, kind="families", x="held_mean_bytes", y=key)
+            draw(grid, path, kind="families", x="read_mean_bytes", y=key)
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
     (DOCS / "policies.md").write_text(page(rows), encoding="utf-8")
     print(f"written {DOCS / 'policies.md'}")

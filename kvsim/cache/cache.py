@@ -23,6 +23,7 @@ from kvsim.cache.tiers import Capacity, Tiers
 from kvsim.cache.view import Facts, locked, pages
 from kvsim.errors import ConfigError
 from kvsim.trace.access import Access, Prompt
+from kvsim.trace.prompt_rows import Rows
 
 
 class Cache(Lanes):
@@ -212,8 +213,8 @@ class Cache(Lanes):
             colsum=pooled(p.colsum),
             colsq=pooled(p.colsq),
             colmax=pooled(p.colmax),
-            rows=pooled(p.rows),
-            peaks=locked(p.peaks),
+            rows=Rows(lambda i: pooled(p.rows[i]), (len(p.rows), *self.shape, p.rows.shape[-1])),
+            peaks=Rows(lambda i: p.peaks[i], p.peaks.shape),
             span_sums=pooled(p.span_sums),
         )
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PROTECTION = {"sink", "recent", "protect_head", "protect_tail"}
+PROTECTION = ("sink", "recent", "protect_head", "protect_tail")
 _REFERENCES = {"belady": "-.", "mass-oracle": ":", "optimal": "--"}
 _ACROSS = 4  # panels in a row
 Points = list[tuple[float, float]]
@@ -42,7 +42,7 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
     families = _families(lines)
     down = -(-len(families) // _ACROSS)
     figure = page.sheet(3.1 * min(_ACROSS, len(families)) + 0.4, 2.75 * down + 1.0)
-    panels = figure.subplots(down, min(_ACROSS, len(families)), sharex=True, sharey=True, squeeze=False).flat
+    panels = figure.subplots(down, min(_ACROSS, len(families)), sharex=True, sharey=True, squeeze=False).ravel()
     ceiling = _ceiling(rows, x, across) if y == "recall" else []
     for i, (ax, (family, members)) in enumerate(zip(panels, families.items(), strict=False)):
         _panel(ax, family, members, lines, ceiling, named=i == 0)
@@ -50,7 +50,7 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
         ax.set_ylabel(columns.title(y) + (f" ({unit})" if unit else "") if i % _ACROSS == 0 else "", fontsize=8)
         if x == "budget":
             ax.set_xticks(sorted(across.ticks), [across.ticks[p] for p in sorted(across.ticks)])
-    for ax in list(panels)[len(families) :]:
+    for ax in panels[len(families) :]:
         ax.set_visible(False)
     words = f"{columns.title(y)} by {columns.title(x)}, family by family"
     marks = "dashed with open markers: with protected tokens; grey: policies of other families"
@@ -60,14 +60,17 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
 
 
 def label(policy: str) -> str:
-    """A spec as a legend says it: the name, and what it wraps."""
+    """A spec as a legend says it: the name, what it wraps, and protection that is turned off."""
     spec = registry.parse_spec(policy)
+    off = [f"{name}=0" for name in PROTECTION if spec.parameters.get(name, 1) == 0]
     inner = spec.parameters.get("inner")
-    return f"{spec.name}({label(str(inner))})" if inner else spec.name
+    inside = ", ".join([*([label(str(inner))] if inner else []), *off])
+    return f"{spec.name}({inside})" if inside else spec.name
 
 
 def is_protected(policy: str) -> bool:
-    return bool(PROTECTION & set(registry.parse_spec(policy).parameters))
+    parameters = registry.parse_spec(policy).parameters
+    return any(parameters.get(name) for name in PROTECTION)
 
 
 def _families(lines: Mapping[str, Points]) -> dict[str, list[str]]:
@@ -75,7 +78,7 @@ def _families(lines: Mapping[str, Points]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for policy in sorted(lines):
         cls: Any = registry.find(registry.parse_spec(policy).name)
-        if not hasattr(cls, "foresee") and cls.bounded:
+        if not hasattr(cls, "foresee") and label(policy) != "full":
             found.setdefault(getattr(cls, "family", "") or "others", []).append(policy)
     return dict(sorted(found.items()))
 

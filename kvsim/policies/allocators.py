@@ -217,7 +217,7 @@ class DuoAttention(Wrapper):
         return mask
 
     def _found(self, view) -> np.ndarray:
-        rows = view.prompt.rows  # [rows, layers, kv_heads, keys]
+        rows = view.prompt.rows[:]  # [rows, layers, kv_heads, keys]
         query = np.arange(view.tokens - len(rows), view.tokens) // view.page_size
         key, (sink, newest) = np.arange(view.keys), self._streamed(view)
         far = (key >= sink) & (key <= query[:, None, None, None] - newest)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvsim.errors import TraceError
+from kvsim.trace.prompt_rows import Rows
 
 POOLS = ("head", "layer", "token")
 VECTORS = frozenset({"q", "k", "v"})
@@ -50,7 +51,8 @@ class Prompt:
 
     `colsum`, `colsq`, `colmax`: float32 [layers, kv_heads, keys], over all prompt rows.
     `rows`: float32 [rows, layers, kv_heads, keys], the last stored prompt rows, oldest first; the last
-    one belongs to the last prompt token. `peaks`: the largest single-token weight, same shape.
+    one belongs to the last prompt token. `peaks`: the largest single-token weight, same shape. Both may be `Rows`, made
+    as they are asked for: a part of them costs what it holds, `rows[:]` all of it.
     `visible`: int32 [rows, layers], tokens each of those rows could see. `spans`: int32 [spans, 2], first token and one
     past the last of each span, and `span_sums`: float32 [spans, layers, kv_heads, keys], column sums over the rows of
     that span alone; None where the trace has no spans.
@@ -59,8 +61,8 @@ class Prompt:
     colsum: np.ndarray
     colsq: np.ndarray | None
     colmax: np.ndarray | None
-    rows: np.ndarray
-    peaks: np.ndarray
+    rows: Rows | np.ndarray
+    peaks: Rows | np.ndarray
     visible: np.ndarray
     spans: np.ndarray | None = None
     span_sums: np.ndarray | None = None
@@ -136,7 +138,7 @@ class PromptRows:
     colsum: np.ndarray
     colsq: np.ndarray | None
     colmax: np.ndarray | None
-    rows: np.ndarray
+    rows: Rows | np.ndarray
     kv_lo: np.ndarray
     spans: np.ndarray | None = None
     span_sums: np.ndarray | None = None
@@ -228,6 +230,7 @@ class Request:
         peak[..., :keys] = prompt.peaks[-1]
         first, visible = self._seen(stats.kv_lo[-1], n)
         yield Access(0, row, peak, keys, n, keys, first, visible, prompt, seen(0, n))
+        del stats, prompt  # which may hold a row group
         for t in source.token_rows():
             before, keys = keys, -(-t.kv_hi // size)
             if size == 1 and self.pool == "head":
@@ -246,7 +249,7 @@ class Request:
 
     def _prompt(self, stats: PromptRows) -> Prompt:
         size, n = self.page_size, self.prompt_tokens
-        count = stats.rows.shape[0]
+        count = len(stats.rows)
         last = n - count + 1 + np.arange(count)  # one past the query position of each stored row
         visible = np.stack([self._seen(lo, hi)[1] for lo, hi in zip(stats.kv_lo, last, strict=True)])
 
@@ -257,12 +260,15 @@ class Request:
             starts = np.arange(0, n, size)
             return (np.maximum if peaks else np.add).reduceat(a, starts, axis=-1)
 
+        colsum, rows = paged(stats.colsum), stats.rows
+        if size > 1 or self.pool != "head":
+            rows = Rows(lambda i: paged(stats.rows[i]), (count, *colsum.shape))
         return Prompt(
-            colsum=paged(stats.colsum),
+            colsum=colsum,
             colsq=None if stats.colsq is None else paged(stats.colsq),
             colmax=None if stats.colmax is None else paged(stats.colmax, peaks=True),
-            rows=paged(stats.rows),
-            peaks=paged(stats.rows, peaks=True),
+            rows=rows,
+            peaks=rows if size == 1 else Rows(lambda i: paged(stats.rows[i], peaks=True), rows.shape),
             visible=visible,
             spans=stats.spans,
             span_sums=None if stats.span_sums is None else paged(stats.span_sums),

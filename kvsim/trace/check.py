@@ -85,7 +85,8 @@ def check(path: str | os.PathLike) -> list[str]:
 
 
 def _prompt(source: FileSource) -> None:
-    source.prompt()
+    for _ in source.prompt().rows:
+        pass
 
 
 def _rows(source: FileSource) -> None:

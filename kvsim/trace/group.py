@@ -15,31 +15,12 @@ from kvsim.trace.files import AGAIN
 from kvsim.trace.layout import KEYS, planes
 
 
-class Group:
-    """One row group as flat arrays over the Parquet bytes; lines are (step, layer) in order."""
+class Lines:
+    """The key columns of one row group; lines are (step, layer) in order."""
 
     def __init__(self, table: pa.Table, manifest: Mapping[str, Any], path: Path):
-        self.path = path
-        self.layers, heads = manifest["layers"], manifest["kv_heads"]
-        self.lossless = manifest["encoding"]["keep"] == "all"
+        self.path, self.layers, self.rows = path, manifest["layers"], table.num_rows
         self.request, self.step, self.layer, self.kv_lo, self.kv_hi = (_plain(table, key) for key in KEYS)
-        self.rows = table.num_rows
-        no_sink = table.column("sink").null_count == self.rows
-        self.sink = np.zeros((self.rows, heads), np.float32) if no_sink else _fixed(table, "sink", "<f4", heads, path)
-        kinds = planes(self.lossless, bool(manifest["encoding"].get("max")))
-        self.planes, ends = {}, {}
-        for name, kind in kinds.items():
-            self.planes[name], ends[name] = _blobs(table, name, kind, path)
-        if self.lossless:
-            sizes = (self.kv_hi - self.kv_lo).astype(np.int64) * heads
-        else:
-            self.n = _fixed(table, "n", "<u4", heads, path)
-            self.mass = _fixed(table, "mass", "<f2", heads, path).astype(np.float32)
-            sizes = self.n.sum(1, dtype=np.int64)
-        self.start = np.cumsum(sizes) - sizes
-        for name, end in ends.items():
-            if wrong := np.flatnonzero(np.diff(end) != sizes).tolist():
-                self.fail(wrong[0], f'counts that disagree with the length of the column "{name}"')
 
     def fail(self, row: int, what: str, head: int | None = None) -> None:
         place = f"request {self.request[row]}, step {self.step[row]}, layer {self.layer[row]}"
@@ -62,6 +43,31 @@ class Group:
                 self.fail(int(np.argmax(wrong)), what)
         if self.rows % self.layers:
             self.fail(self.rows - 1, "the last step lacks layers")
+
+
+class Group(Lines):
+    """One row group as flat arrays over the Parquet bytes."""
+
+    def __init__(self, table: pa.Table, manifest: Mapping[str, Any], path: Path):
+        super().__init__(table, manifest, path)
+        heads = manifest["kv_heads"]
+        self.lossless = manifest["encoding"]["keep"] == "all"
+        no_sink = table.column("sink").null_count == self.rows
+        self.sink = np.zeros((self.rows, heads), np.float32) if no_sink else _fixed(table, "sink", "<f4", heads, path)
+        kinds = planes(self.lossless, bool(manifest["encoding"].get("max")))
+        self.planes, ends = {}, {}
+        for name, kind in kinds.items():
+            self.planes[name], ends[name] = _blobs(table, name, kind, path)
+        if self.lossless:
+            sizes = (self.kv_hi - self.kv_lo).astype(np.int64) * heads
+        else:
+            self.n = _fixed(table, "n", "<u4", heads, path)
+            self.mass = _fixed(table, "mass", "<f2", heads, path).astype(np.float32)
+            sizes = self.n.sum(1, dtype=np.int64)
+        self.start = np.cumsum(sizes) - sizes
+        for name, end in ends.items():
+            if wrong := np.flatnonzero(np.diff(end) != sizes).tolist():
+                self.fail(wrong[0], f'counts that disagree with the length of the column "{name}"')
 
     def decode(self, begin: int, end: int, out: np.ndarray, peaks: bool = False, spread: bool = True) -> None:
         """Lines begin .. end-1 into out, float32 [end - begin, kv_heads, tokens]."""

@@ -11,17 +11,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kvsim.errors import TraceError
 from kvsim.trace.access import PromptRows, Source, TokenRow, Trace, Vectors
 from kvsim.trace.files import AGAIN, geometry, group_steps, open_parquet, read_groups, read_manifest, read_table
-from kvsim.trace.group import Group
+from kvsim.trace.group import Group, Lines
 from kvsim.trace.layout import KEYS, attention_name, planes, spans_name, vectors_name
+from kvsim.trace.prompt_rows import Rows
 
+G = TypeVar("G", bound=Lines)
 DEMO = Path(__file__).parent.parent / "data" / "demo.kvtrace"
 
 
@@ -101,20 +104,22 @@ class FileSource(Source):
         colsum, colsq, colmax = self._statistics()
         if colsum is None:
             raise self._broken("no column sums of the prompt")
-        m, kept = self.manifest, -min((first for first, _ in self._spans()), default=0)
+        m, file = self.manifest, open_parquet(self._file, self._columns())  # stays open for as long as the rows do
+        spans = group_steps(file, self._file)
+        kept = -min((first for first, _ in spans), default=0)
         if not 0 < kept <= self.prompt_tokens:
             raise self._broken(f"prompt rows of {max(kept, 0)} tokens in a prompt of {self.prompt_tokens}")
-        rows = np.zeros((kept, m["layers"], m["kv_heads"], self.prompt_tokens), np.float32)
-        kv_lo = np.full(rows.shape[:2], -1, np.int32)
-        for group in self._groups(lambda first, last: first < 0):
-            for at in range(0, group.rows, group.layers):
-                step = group.step[at]
-                if step < 0:
-                    group.decode(at, at + group.layers, rows[step])
-                    kv_lo[step] = group.kv_lo[at : at + group.layers]
-            del group
+        kv_lo = np.full((kept, m["layers"]), -1, np.int32)
+        places = np.zeros((kept, 2), np.int64)  # of each row: the row group and its first line there
+        for i, (first, _) in enumerate(spans):
+            if first < 0:
+                lines = self._group(file, i, Lines, KEYS)
+                for at in range(0, lines.rows, lines.layers):
+                    if (step := lines.step[at]) < 0:
+                        kv_lo[step], places[step] = lines.kv_lo[at : at + lines.layers], (i, at)
         if (kv_lo < 0).any():
             raise self._broken("a prompt row is missing")
+        rows = Rows(_PromptRow(self, file, places), (kept, m["layers"], m["kv_heads"], self.prompt_tokens))
         return PromptRows(colsum, colsq, colmax, rows, kv_lo, *self._span_sums())
 
     def _span_sums(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -170,9 +175,10 @@ class FileSource(Source):
         kept = () if encoding["keep"] == "all" else ("n", "mass")
         return (*KEYS, "sink", *kept, *planes(encoding["keep"] == "all", bool(encoding.get("max"))))
 
-    def _spans(self) -> list[tuple[int, int]]:
-        with open_parquet(self._file, self._columns()) as file:
-            return group_steps(file, self._file)
+    def _group(self, file: pq.ParquetFile, i: int, kind: type[G], columns: tuple[str, ...]) -> G:
+        group = kind(read_groups(file, self._file, [i], columns), self.manifest, self._file)
+        group.expect(self.id, self.prompt_tokens)
+        return group
 
     def _groups(self, wanted: Callable[[int, int], bool]) -> Iterator[Group]:
         """The row groups whose first and last step are wanted; one is held at a time."""
@@ -180,10 +186,7 @@ class FileSource(Source):
         with open_parquet(self._file, columns) as file:
             for i, span in enumerate(group_steps(file, self._file)):
                 if wanted(*span):
-                    group = Group(read_groups(file, self._file, [i], columns), self.manifest, self._file)
-                    group.expect(self.id, self.prompt_tokens)
-                    yield group
-                    del group
+                    yield self._group(file, i, Group, columns)
 
     def _rows(self, peaks: bool = False, spread: bool = True) -> Iterator[TokenRow]:
         m = self.manifest
@@ -227,6 +230,24 @@ class FileSource(Source):
         if not (values >= 0).all() or not np.isfinite(values).all():
             raise TraceError(f"request {self.id}: {name} is negative or not a number", where=str(path), hint=AGAIN)
         return values
+
+
+class _PromptRow:
+    """A stored prompt row as dense float32 [layers, kv_heads, prompt]; the latest row group stays at hand."""
+
+    def __init__(self, source: FileSource, file: pq.ParquetFile, places: np.ndarray):
+        self._source, self._file, self._places = source, file, places
+        self._latest: tuple[int, Group] | None = None  # a row group and its number
+
+    def __call__(self, i: int) -> np.ndarray:
+        s, (number, at) = self._source, self._places[i].tolist()
+        if self._latest is None or self._latest[0] != number:
+            self._latest = None  # before the next one is read
+            self._latest = number, s._group(self._file, number, Group, s._columns())
+        group = self._latest[1]
+        row = np.zeros((s.manifest["layers"], s.manifest["kv_heads"], s.prompt_tokens), np.float32)
+        group.decode(at, at + group.layers, row)
+        return row
 
 
 def _step_fact(name: str, column: pa.ChunkedArray) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from kvsim.testing import tiny_trace
 from tests.helpers import policy_for
 from tests.strategies import traces
 
-WHOLE = ("full", "fifo", "lru", "lfu", "streaming-llm(sink=1)", "h2o", "h2o(recent=2)", "tova")
-PARTS = ("lazy-eviction(window=3, alpha=0.05)", "sieve")  # only observe, only score
+WHOLE = ("full", "fifo", "lru", "streaming-llm(sink=1)", "h2o", "h2o(recent=2)", "tova")
+PARTS = ("lazy-eviction(window=3, alpha=0.05)", "lfu", "sieve")  # observe, observe, score
 LAZY = "lazy-eviction(window=2, alpha=0.1, dtype='fp16', tie='oldest')"
 
 
@@ -56,6 +56,7 @@ def test_what_needs_one_page_alone_is_compiled(spec):
 
 def test_what_could_differ_stays_numpys():
     assert compiled(registry.build(PARTS[0])) == {"observe"}  # its score has np.exp
+    assert compiled(registry.build("lfu")) == {"observe"}  # its score calls a function
     assert compiled(registry.build(LAZY)) == set()  # half precision
     assert compiled(registry.build("sieve")) == {"score"}
     assert compiled(registry.build("random")) == compiled(registry.build("belady")) == set()
