@@ -1,11 +1,11 @@
 """What a lossy run needs in memory beyond its table and one row group of the trace: at most 100 MB, oracles excepted.
 
-    python benchmarks/memory.py [--layers 8] [--heads 4] [--prompt 7424] [--steps 768] [--budget 20%]
+    python benchmarks/memory.py [--case LAYERS HEADS PROMPT STEPS]... [--budget 20%] [--policies h2o lru ...]
 
 Writes a synthetic trace, then runs each policy in a process of its own: a small run first, so that everything is
 imported, compiled and warm, then the long one. Its peak is the largest resident set less that before it (Linux alone
-can say both). The table is as wide as the prompt until that is cut; a row group is counted as its decoded planes. Of
-the rest, the rows that the trace stored of the prompt (64 by default, dense) are shown apart.
+can say both). The table is as wide as the prompt until that is cut; a row group is counted as its decoded planes. What
+the stored rows of the prompt (64, as by default) would take, were they held dense, is shown for comparison.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from kvsim.trace import TraceWriter, open_trace, synthetic
 MB = 1e6
 POLICIES = ("h2o", "lru", "lazy-eviction", "tova", "belady", "mass-oracle")
 PROMPT_ROWS = 64
+CASES = ((8, 4, 7424, 768), (16, 8, 4096, 64))  # layers, KV heads, prompt and decode tokens
 
 
 def write(path: Path, layers: int, heads: int, prompt: int, steps: int) -> None:
@@ -63,7 +65,7 @@ def measure(warm: str, path: str, spec: str, budget: str) -> float:
 
 
 def expected(path: Path, spec: str) -> dict[str, float]:
-    """Bytes of the table, of the largest row group, and of the stored rows of the prompt."""
+    """Bytes of the table, of the largest row group, and of the stored rows of the prompt if they were dense."""
     trace = open_trace(path)
     request = trace.requests()[0]
     lanes, slots = int(np.prod(trace.lanes)), request.prompt_tokens + 1
@@ -77,8 +79,7 @@ def expected(path: Path, spec: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("layers", 8), ("heads", 4), ("prompt", 7424), ("steps", 768)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--case", nargs=4, type=int, action="append", metavar=("LAYERS", "HEADS", "PROMPT", "STEPS"))
     parser.add_argument("--budget", default="20%")
     parser.add_argument("--policies", nargs="*", default=POLICIES)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # in a process of its own: warm trace, trace, policy
@@ -86,19 +87,24 @@ def main() -> None:
     if a.one:
         print(measure(*a.one, a.budget))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        warm, path = Path(folder) / "warm.kvtrace", Path(folder) / "long.kvtrace"
-        write(warm, a.layers, a.heads, 96, 96)
-        write(path, a.layers, a.heads, a.prompt, a.steps)
-        print(f"{a.layers} x {a.heads} lanes, {a.prompt} + {a.steps} tokens, budget {a.budget}; MB")
-        print(f"{'policy':16} {'peak':>8} {'table':>8} {'row group':>10} {'beyond':>8}   of it prompt rows")
-        for spec in a.policies:
-            command = [sys.executable, __file__, "--budget", a.budget, "--one", str(warm), str(path), spec]
-            peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            e = expected(path, spec)
-            beyond = peak - e["table"] - e["row group"]
-            numbers = (f"{x / MB:{w}.1f}" for x, w in ((peak, 8), (e["table"], 8), (e["row group"], 10), (beyond, 8)))
-            print(f"{spec:16}", *numbers, f"{e['prompt rows'] / MB:10.1f}", flush=True)
+    for case in a.case or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            run(Path(folder), *case, a.budget, a.policies)
+
+
+def run(folder: Path, layers: int, heads: int, prompt: int, steps: int, budget: str, policies: Sequence[str]) -> None:
+    warm, path = folder / "warm.kvtrace", folder / "long.kvtrace"
+    write(warm, layers, heads, 96, 96)
+    write(path, layers, heads, prompt, steps)
+    print(f"{layers} x {heads} lanes, {prompt} + {steps} tokens, budget {budget}; MB")
+    print(f"{'policy':16} {'peak':>8} {'table':>8} {'row group':>10} {'beyond':>8}   dense prompt rows")
+    for spec in policies:
+        command = [sys.executable, __file__, "--budget", budget, "--one", str(warm), str(path), spec]
+        peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        e = expected(path, spec)
+        beyond = peak - e["table"] - e["row group"]
+        numbers = (f"{x / MB:{w}.1f}" for x, w in ((peak, 8), (e["table"], 8), (e["row group"], 10), (beyond, 8)))
+        print(f"{spec:16}", *numbers, f"{e['prompt rows'] / MB:10.1f}", flush=True)
 
 
 if __name__ == "__main__":

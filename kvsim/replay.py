@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from kvsim import registry
-from kvsim.cache import kernels
+from kvsim.cache import kernels, threads
 from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use, parse_demand, parse_use
 from kvsim.cache.future import Future
 from kvsim.cache.outcome import Outcome
-from kvsim.cache.quality import BLOCK, Quality, stranded
+from kvsim.cache.quality import Quality, stranded
 from kvsim.cache.tiers import Capacity
 from kvsim.cache.view import pages
 from kvsim.config import RunConfig
@@ -315,7 +315,7 @@ class Replay:
         for access in self.request.accesses(vectors=self._vectors):
             outcome = self.cache.access(access)
             if self.quality and self.request.page_size == 1:
-                self.stranded = stranded(self.cache.table.key, access.tokens, BLOCK)
+                self.stranded = stranded(self.cache.table.key, access.tokens)
             if self._wants_ceiling and not access.prefill:
                 self._ceiling(access, outcome)
             yield access, outcome
@@ -329,4 +329,5 @@ class Replay:
         held = np.count_nonzero(self.cache.seen >= 0, axis=1) if self.cache.selects else o.held
         most = np.maximum(self.cache.budget + 1, held)
         count = np.repeat(most, self.cache.rows // self.cache.lanes)
-        kernels.largest_sum(a.row.reshape(self.cache.rows, -1), a.keys, count, self.ceiling)
+        rows = self.cache.rows
+        threads.each(kernels.largest_sum, rows, a.keys, a.row.reshape(rows, -1), a.keys, count, self.ceiling)

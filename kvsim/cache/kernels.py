@@ -396,24 +396,50 @@ def _rank(guard, x, key):
 
 
 @njit(**_JIT)
-def largest_sum(row, keys, count, out):
-    """Per row lane, the sum of its `count[m]` largest weights: what no cache of that size can exceed."""
-    for m in range(row.shape[0]):
-        c = count[m]
-        if c >= keys:
-            total = np.float64(0.0)
-            for k in range(keys):
-                total += row[m, k]
-            out[m] = total
-            continue
-        limit = np.partition(row[m, :keys], keys - c)[keys - c]
-        total = np.float64(0.0)
-        above = 0
-        for k in range(keys):
-            if row[m, k] > limit:
-                total += row[m, k]
-                above += 1
-        out[m] = total + (c - above) * limit
+def largest_sum(begin, end, row, keys, count, out):
+    """Row lanes `begin` to `end`: the sum of the `count[m]` largest weights: what no cache of that size can exceed."""
+    bits, strands = row.view(np.int32), np.empty(32, np.float64)  # not negative, so the bits have the weights' order
+    for m in range(begin, end):
+        want = min(count[m], keys)
+        limit = _limit(bits[m, :keys], want)
+        out[m] = _sum_above(row[m, :keys], bits[m, :keys], limit, want, strands)
+
+
+@njit(**_JIT)
+def _limit(x, want):
+    """Of integers from 0, a number that `want` of them are above; where ties leave none, the `want`th largest."""
+    low, high = np.int32(-1), np.int32(_LAST)  # at least `want` are above `low`; as many or fewer above `high`
+    while high - low > 1:
+        middle, above = np.int32(low + (high - low) // 2), np.int32(0)
+        for k in range(x.shape[0]):
+            above = np.int32(above + np.int32(x[k] > middle))
+        if above == want:
+            return middle
+        if above > want:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@njit(**_JIT)
+def _sum_above(x, bits, limit, want, strands):
+    """The sum of `x` where `bits` are above `limit`, and of so many equal to it that they are `want`."""
+    n, above = x.shape[0], np.int32(0)
+    whole = n - n % 32
+    strands[:] = 0.0
+    for i in range(0, whole, 32):
+        p, b = x[i : i + 32], bits[i : i + 32]
+        for j in range(32):
+            strands[j] += np.float64(p[j] if b[j] > limit else np.float32(0.0))
+    for k in range(whole, n):
+        strands[k - whole] += np.float64(x[k] if bits[k] > limit else np.float32(0.0))
+    for k in range(n):
+        above = np.int32(above + np.int32(bits[k] > limit))
+    total = np.float64(np.int32(limit).view(np.float32)) * (want - above) if above < want else 0.0
+    for j in range(32):
+        total += strands[j]
+    return total
 
 
 @njit(**_JIT)

@@ -99,18 +99,20 @@ def _holds(key, pages):
 
 
 @njit(cache=True, nogil=True)
-def stranded(key, tokens, block):
+def stranded(key, tokens):
     """Tokens that are gone but whose memory is not free, over all lanes: another token of their block stays.
 
-    `key`: int32 [lanes, slots], pages of one token, -1 for none; `tokens`: born so far; `block`: tokens per block.
+    `key`: int32 [lanes, slots], pages of one token, -1 for none; `tokens`: born so far. What stays holds its blocks,
+    and of those is all but itself in vain.
     """
-    count = 0
+    held, count = np.zeros(tokens // BLOCK + 2, np.uint8), 0
+    short = tokens % BLOCK - BLOCK  # the newest block is not full
     for t in range(key.shape[0]):
-        held = np.zeros(tokens // block + 1, np.int64)
+        held[:] = 0
         for s in range(key.shape[1]):
-            if key[t, s] >= 0:
-                held[key[t, s] // block] += 1
-        for b in range(len(held)):
-            if held[b]:
-                count += min(block, tokens - b * block) - held[b]
+            held[np.uint32(key[t, s] + BLOCK) // np.uint32(BLOCK)] = 1  # 0 for an empty line
+            count -= key[t, s] >= 0
+        for b in range(1, len(held)):
+            count += BLOCK * np.int64(held[b])
+        count += short * np.int64(held[-1])
     return count

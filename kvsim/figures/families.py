@@ -46,7 +46,9 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
     ceiling = _ceiling(rows, x, across) if y == "recall" else []
     for i, (ax, (family, members)) in enumerate(zip(panels, families.items(), strict=False)):
         _panel(ax, family, members, lines, ceiling, named=i == 0)
-        ax.set_xlabel(across.label if i + _ACROSS >= len(families) else "", fontsize=8)
+        last = i + _ACROSS >= len(families)  # with nothing below it
+        ax.set_xlabel(across.label if last else "", fontsize=8)
+        ax.tick_params(labelbottom=last)
         ax.set_ylabel(columns.title(y) + (f" ({unit})" if unit else "") if i % _ACROSS == 0 else "", fontsize=8)
         if x == "budget":
             ax.set_xticks(sorted(across.ticks), [across.ticks[p] for p in sorted(across.ticks)])
@@ -69,8 +71,11 @@ def label(policy: str) -> str:
 
 
 def is_protected(policy: str) -> bool:
-    parameters = registry.parse_spec(policy).parameters
-    return any(parameters.get(name) for name in PROTECTION)
+    """Is more protected than by default?"""
+    spec = registry.parse_spec(policy)
+    own: Any = registry.find(spec.name)
+    given = {name: spec.parameters[name] for name in PROTECTION if name in spec.parameters}
+    return any(isinstance(x, str) or x > (getattr(own, name) or 0) for name, x in given.items())
 
 
 def _families(lines: Mapping[str, Points]) -> dict[str, list[str]]:

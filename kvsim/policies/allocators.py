@@ -217,12 +217,12 @@ class DuoAttention(Wrapper):
         return mask
 
     def _found(self, view) -> np.ndarray:
-        rows = view.prompt.rows[:]  # [rows, layers, kv_heads, keys]
-        query = np.arange(view.tokens - len(rows), view.tokens) // view.page_size
-        key, (sink, newest) = np.arange(view.keys), self._streamed(view)
-        far = (key >= sink) & (key <= query[:, None, None, None] - newest)
-        outside = (rows * far).sum((0, -1), dtype=np.float64).reshape(-1)
-        best = np.argsort(-outside, kind="stable")[: round(self.retrieval * outside.size)]
+        rows, key, (sink, newest) = view.prompt.rows, np.arange(view.keys), self._streamed(view)
+        outside = np.zeros(view.shape)
+        for query, row in enumerate(rows, view.tokens - len(rows)):
+            far = (key >= sink) & (key <= query // view.page_size - newest)
+            outside += (row * far).sum(-1, dtype=np.float64)
+        best = np.argsort(-outside, axis=None, kind="stable")[: round(self.retrieval * outside.size)]
         mask = np.zeros(outside.size, bool)
         mask[best] = True
         return mask.reshape(*view.shape, 1)

@@ -76,7 +76,7 @@ class SnapKV(_Windowed):
             raise ConfigError(f'pooling = "{self.pooling}"', hint='use "avg" or "max"')
 
     def votes(self, view):
-        votes = _last_rows(view, self.window).sum(0, dtype=np.float64)
+        votes = _summed(view, self.window)
         before = votes[..., : max(0, view.keys - pages(self.window, view.page_size))]
         before[:] = _pooled(before, self.kernel // 2 // view.page_size, self.pooling)
         return votes
@@ -141,8 +141,7 @@ class PyramidInfer(OneShot):
 
     def votes(self, view):
         recent = 1 + int(self.share * view.tokens)
-        rows = _last_rows(view, recent)
-        own = np.tensordot(np.linspace(1, self.weight, len(rows)), rows, 1) / len(rows)
+        own = _summed(view, recent, self.weight) / min(recent, view.tokens)
         own[..., max(0, view.keys - pages(recent, view.page_size)) :] = np.inf
         own[..., : pages(self.sink, view.page_size)] = np.inf
         votes, held = own[np.maximum(np.arange(len(own)) - 1, 0)], self._held(view)
@@ -234,7 +233,7 @@ class Nacl(OneShot):
     sink: int = 256
 
     def votes(self, view):
-        s = _last_rows(view, max(1, int(self.proxies * view.tokens))).sum(0, dtype=np.float64)
+        s = _summed(view, max(1, int(self.proxies * view.tokens)))
         head, tail = protected(self, view.budget, view.page_size)
         newest = pages(max(0, int(self.protect * view.tokens) - self.sink), view.page_size)
         tail, key = np.maximum(tail, newest), np.arange(view.keys)
@@ -267,7 +266,7 @@ class SimLayerKV(OneShot):
     def split(self, view):
         if view.now:
             return view.budget
-        row = _last_rows(view, self.last).mean(0, dtype=np.float64)
+        row = _summed(view, self.last) / min(self.last, view.tokens)
         sink, last = pages(self.sink, view.page_size), pages(self.last, view.page_size)
         key, before = np.arange(view.keys), view.keys - last
         near = (key < sink) | (key >= before - (view.budget - sink + last))
@@ -275,15 +274,21 @@ class SimLayerKV(OneShot):
         return np.where(lazy, view.budget, view.keys)
 
 
-def _last_rows(view, count: int) -> np.ndarray:
-    """The last `count` prompt rows (all of a shorter prompt). Raises PolicyError where the trace holds fewer."""
+def _summed(view, count: int, newest: float = 1.0) -> np.ndarray:
+    """Sum of the last `count` prompt rows (all of a shorter prompt), float64, with weights from 1 to `newest`.
+
+    Raises PolicyError where the trace holds fewer.
+    """
     count, stored = min(count, view.tokens), view.prompt.rows
     if len(stored) < count:
         raise PolicyError(
             f"the last {count} rows of the prompt are needed, of which the trace holds {len(stored)}",
             hint=f"capture it with --prompt-rows {count}, or let fewer rows vote",
         )
-    return stored[len(stored) - count :]
+    total = np.zeros(stored.shape[1:])
+    for ago, weight in zip(range(count, 0, -1), np.linspace(1, newest, count), strict=True):
+        total += np.multiply(stored[-ago], weight, dtype=np.float64)
+    return total
 
 
 def _pooled(x: np.ndarray, reach: int, pooling: str) -> np.ndarray:

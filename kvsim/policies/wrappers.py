@@ -270,10 +270,9 @@ class Lag(Wrapper):
             return
         ring, size = view["shown"], self.shown
         if view.now == 0:
-            rows = view.prompt.rows[-size:]
-            for step, row in enumerate(rows, 1 - len(rows)):
-                ring[..., step % size] = view.gather(row)
-            self._before = len(rows)
+            self._before = min(size, len(view.prompt.rows))
+            for step in range(1 - self._before, 1):
+                ring[..., step % size] = view.gather(view.prompt.rows[step - 1])
             return
         ring[..., view.now % size] = view.weights
         if view.now % self.every == 0:

@@ -250,7 +250,7 @@ class Request:
     def _prompt(self, stats: PromptRows) -> Prompt:
         size, n = self.page_size, self.prompt_tokens
         count = len(stats.rows)
-        last = n - count + 1 + np.arange(count)  # one past the query position of each stored row
+        last = range(n - count + 1, n + 1)  # one past the query position of each stored row
         visible = np.stack([self._seen(lo, hi)[1] for lo, hi in zip(stats.kv_lo, last, strict=True)])
 
         def paged(a: np.ndarray, peaks: bool = False) -> np.ndarray:

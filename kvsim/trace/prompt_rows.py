@@ -14,7 +14,7 @@ Part = int | slice | EllipsisType
 class Rows:
     """Prompt rows, oldest first: float32 [rows, layers, kv_heads, keys] that is never held as a whole.
 
-    Reads like a read-only array whose first index is a number or a slice: `rows[-1]`, `rows[-8:]`, `rows[a:b, ..., c:d]`;
+    Reads like a read-only array whose first index is a number or a slice: `rows[-1]`, `rows[-64:]`, `rows[:, ..., 9]`;
     `rows[:]` is all of it, dense. To go over many rows, iterate: one row is held at a time.
 
     `make(i)`: row i, float32 of `shape[1:]`. The latest row is kept, so that asking for it again costs nothing.

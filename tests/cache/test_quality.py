@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvsim import registry
 from kvsim.cache.cache import Cache
-from kvsim.cache.quality import Quality, stranded
+from kvsim.cache.quality import BLOCK, Quality, stranded
 from kvsim.cache.tiers import Capacity
 from kvsim.simulate import run
 from kvsim.trace.access import DenseSource, dense_trace
@@ -110,10 +112,18 @@ def watch_without_vectors(trace, policy, budget):
 
 
 def test_stranded_tokens_by_hand():
-    """Blocks of four, ten tokens: of the first block two stay, of the second none, of the last, half born, one."""
-    key = np.array([[0, 3, 9, -1], [4, 5, 6, 7]], np.int32)
-    assert stranded(key, 10, 4) == (2 + 1) + 0
-    assert stranded(np.full((1, 3), -1, np.int32), 10, 4) == 0
+    """Blocks of 16, 40 tokens: of the first block two stay, of the second none, of the last, half born, one."""
+    key = np.array([[0, 15, 39, -1], [16, 17, 18, 19]], np.int32)
+    assert stranded(key, 40) == (14 + 7) + 12
+    assert stranded(np.full((1, 3), -1, np.int32), 40) == 0
+
+
+@settings(deadline=None)
+@given(st.integers(1, 100), st.data())
+def test_stranded_tokens_are_the_rest_of_the_blocks_that_are_held(tokens, data):
+    kept = data.draw(st.sets(st.integers(0, tokens - 1)))
+    rest = {k for k in range(tokens) if k // BLOCK in {h // BLOCK for h in kept}} - kept
+    assert stranded(np.array([[-1, *kept, -1]] * 2, np.int32), tokens) == 2 * len(rest)
 
 
 def test_a_run_says_what_was_lost():
