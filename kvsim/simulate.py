@@ -182,7 +182,7 @@ def _work(setting: Setting, stepped: list[tuple[_Running, Access, Outcome]]) -> 
         work.kv_read += a.tokens * shape.kv_token_bytes if prefill else page * setting.stored(o.read, heads)[of]
         ahead = o.prefetched_runs if setting.hardware.host.merge else o.prefetched
         moves = {"fetch": (o.fetched, runs), "spill": (o.spilled, o.spilled), "prefetch": (o.prefetched, ahead)}
-        for tier, name in ((1, "host"), (2, "ssd")):
+        for tier, name in () if setting.lossy else ((1, "host"), (2, "ssd")):  # nothing moves where pages are gone
             for move, (moved, parts) in moves.items():
                 getattr(work, f"{move}_{name}")[:] += page * setting.ratio(name) * moved[tier][of]
                 getattr(work, f"{move}_{name}_copies")[:] += copies * parts[tier][of]

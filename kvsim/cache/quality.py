@@ -47,7 +47,7 @@ class Quality:
         table = self._cache.table
         if self._need is not None:
             pages = np.unique(self._need[a.step - 1] // self._cache.page_size)
-            found = _holds(np.where(read, table.key, -1), pages.astype(np.int64))
+            found = _holds(table.key, read, pages.astype(np.int64))
             self.gold_needed, self.gold_lost = found.size, int(found.size - found.sum())
             self.gold_gone = int(len(pages) - found.any(0).sum())
         if a.vectors is not None and self._known:
@@ -88,14 +88,18 @@ def _attention(seen: Seen, visible: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _holds(key, pages):
-    """bool [lanes, pages]: is the page among the lane's keys?"""
-    found = np.zeros((key.shape[0], len(pages)), np.bool_)
+def _holds(key, read, pages):
+    """bool [lanes, pages]: is the page (in ascending order) among the lane's keys that are read?"""
+    beyond = pages[-1] + 1 if len(pages) else 0  # stands for every later key
+    place = np.full(beyond + 1, len(pages))
+    for i in range(len(pages)):
+        place[pages[i]] = i
+    found = np.zeros((key.shape[0], len(pages) + 1), np.bool_)
     for t in range(key.shape[0]):
         for s in range(key.shape[1]):
-            for i in range(len(pages)):
-                found[t, i] |= key[t, s] == pages[i]
-    return found
+            if read[t, s]:
+                found[t, place[min(key[t, s], beyond)]] = True
+    return found[:, :-1]
 
 
 @njit(cache=True, nogil=True)

@@ -33,6 +33,7 @@ from kvsim.registry import policy
 _JIT: Any = {"cache": True, "nogil": True, "boundscheck": False}
 # parts of the one kernel that Python calls: no way in from Python halves the time to compile them
 _PART: Any = {"nogil": True, "boundscheck": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_KIND: Any = {"inline": "always"}  # parts that say what a kind does: where the kind is known, only that is compiled
 
 _ARC, _S3, _2Q, _CLOCK, _LIRS, _GDSF = range(6)
 _ONE, _TWO, _THREE, _FOUR = (
@@ -45,6 +46,7 @@ _ONE, _TWO, _THREE, _FOUR = (
 _LIST, _STACK, _FREQ, _SEEN, _LEFT, _RANK, _MARK = 0, 3, 6, 7, 8, 9, 10
 _P, _COUNT, _LEAVERS = 0, 1, 2  # of `memory`: a number of the algorithm's own, pages in the cache, how many have left
 _LIR, _HIR, _AWAY = 1, 2, 3  # LIRS: long reuse distance or short, and short ones that only the stack remembers
+_NOTHING, _USED, _JOINS = 0, 1, 2  # what a step asks for
 _ELSEWHERE, _TOP = np.float32(-(2**30)), np.float32(2**24)
 
 
@@ -124,14 +126,14 @@ def _remember(m, k, where, most):
     _push(m, k, where)
 
 
-@njit(**_PART)
+@njit(**_KIND)
 def _inside(kind, m, k):
     if kind == _LIRS:
         return m.page[k, _FREQ] == _LIR or m.page[k, _FREQ] == _HIR
     return m.page[k, _LIST] == _ONE or m.page[k, _LIST] == _TWO
 
 
-@njit(**_PART)
+@njit(**_KIND)
 def _held(kind, m):
     """Sizes of all that is in the cache."""
     return m.memory[_P] + m.load[_ONE] if kind == _LIRS else m.load[_ONE] + m.load[_TWO]
@@ -422,7 +424,7 @@ def _limit(m, room):
 # -- one step of any machine ------------------------------------------------------------------------------------
 
 
-@njit(**_PART)
+@njit(**_KIND)
 def _hit(kind, m, k, room):
     if kind == _ARC:
         _move(m, k, _TWO)
@@ -440,10 +442,8 @@ def _hit(kind, m, k, room):
             _move(m, k, _ONE)
 
 
-@njit(**_PART)
+@njit(**_KIND)
 def _miss(kind, m, k, room):
-    if m.size[k] > room:
-        return
     if kind == _ARC:
         _arc_miss(m, k, room)
     elif kind == _S3:
@@ -458,7 +458,7 @@ def _miss(kind, m, k, room):
         _gdsf_miss(m, k, room)
 
 
-@njit(**_PART)
+@njit(**_KIND)
 def _evict(kind, m, room):
     if kind == _ARC:
         m.memory[_P] = min(m.memory[_P], room)
@@ -478,7 +478,7 @@ def _evict(kind, m, room):
         _gdsf_evict(m)
 
 
-@njit(**_PART)
+@njit(**_KIND)
 def _forget(kind, m, k, room):
     """`k` left the cache, or became protected, without the machine's doing."""
     _leaves(m, k)
@@ -498,7 +498,7 @@ def _forget(kind, m, k, room):
     _prune(m)
 
 
-@njit(**_PART)
+@njit(**_KIND)
 def _rank(kind, m, room):
     """Number what is in the cache by the order in which it would leave if nothing more were asked for."""
     n, most = 0, 3
@@ -565,58 +565,64 @@ def _rank(kind, m, room):
                 a = m.page[a, _LIST + 2]
 
 
-@njit(**_JIT)
-def _step(
-    kind, rule, now, keys, key, resident, last, arrived, sizes, budget, head, tail,
-    page, ends, load, memory, value, size, rank,
-):  # fmt: skip
-    """One moment of every lane; table columns [lanes, slots], machines [lanes, ...]. Fills `rank`."""
-    slots = key.shape[1]
-    hits, misses = np.empty(slots, np.int32), np.empty(slots, np.int32)
-    for t in range(key.shape[0]):
-        m = Machine(page[t], ends[t], load[t], memory[t], value[t], size, rule)
-        room, found, hit, miss = float(budget[t]), 0, 0, 0
-        for s in range(slots):
-            k = key[t, s]
-            if k < 0 or not resident[t, s]:
-                continue
-            size[k] = sizes[t, s]
-            if k < head[t] or k >= tail[t]:
-                room -= size[k]
-                m.page[k, _SEEN] = 0
-                continue
-            again = m.page[k, _SEEN] != arrived[t, s] + 1
-            if _inside(kind, m, k) and not again:
-                m.page[k, _MARK] = now + 1
-                found += 1
-                if last[t, s] == now:
-                    hits[hit] = k
-                    hit += 1
-            elif again or last[t, s] == now:
-                m.page[k, _SEEN] = arrived[t, s] + 1
-                misses[miss] = k
-                miss += 1
-        if found != m.memory[_COUNT]:
+def _machine(kind):
+    """The kernel of one kind, which is compiled when it is first used."""
+
+    @njit(**_JIT)
+    def step(
+        rule, now, keys, key, resident, last, arrived, sizes, budget, head, tail,
+        page, ends, load, memory, value, size, rank,
+    ):  # fmt: skip
+        """One moment of every lane; table columns [lanes, slots], machines [lanes, ...]. Fills `rank`."""
+        slots = key.shape[1]
+        asked = np.empty(keys, np.uint8)
+        for t in range(key.shape[0]):
+            m = Machine(page[t], ends[t], load[t], memory[t], value[t], size, rule)
+            room, found = float(budget[t]), 0
+            asked[:] = _NOTHING
+            for s in range(slots):
+                k = key[t, s]
+                if k < 0 or not resident[t, s]:
+                    continue
+                size[k] = sizes[t, s]
+                if k < head[t] or k >= tail[t]:
+                    room -= size[k]
+                    m.page[k, _SEEN] = 0
+                    continue
+                again = m.page[k, _SEEN] != arrived[t, s] + 1
+                if _inside(kind, m, k) and not again:
+                    m.page[k, _MARK] = now + 1
+                    found += 1
+                    if last[t, s] == now:
+                        asked[k] = _USED
+                elif again or last[t, s] == now:
+                    m.page[k, _SEEN] = arrived[t, s] + 1
+                    asked[k] = _JOINS
+            if found != m.memory[_COUNT]:
+                for k in range(keys):
+                    if _inside(kind, m, k) and m.page[k, _MARK] != now + 1:
+                        _forget(kind, m, k, room)
             for k in range(keys):
-                if _inside(kind, m, k) and m.page[k, _MARK] != now + 1:
-                    _forget(kind, m, k, room)
-        for k in np.sort(hits[:hit]):
-            _hit(kind, m, k, room)
-        for k in np.sort(misses[:miss]):
-            _miss(kind, m, k, room)
-        while m.memory[_COUNT] > 0 and _held(kind, m) > room:
-            _evict(kind, m, room)
-        _rank(kind, m, room)
-        for s in range(slots):
-            k = key[t, s]
-            if k < 0 or not resident[t, s]:
-                rank[t, s] = _ELSEWHERE
-            elif k < head[t] or k >= tail[t]:
-                rank[t, s] = _TOP
-            elif _inside(kind, m, k):
-                rank[t, s] = m.page[k, _RANK]
-            else:
-                rank[t, s] = m.page[k, _LEFT] - m.memory[_LEAVERS] - 1
+                if asked[k] == _USED:
+                    _hit(kind, m, k, room)
+            for k in range(keys):
+                if asked[k] == _JOINS and m.size[k] <= room:
+                    _miss(kind, m, k, room)
+            while m.memory[_COUNT] > 0 and _held(kind, m) > room:
+                _evict(kind, m, room)
+            _rank(kind, m, room)
+            for s in range(slots):
+                k = key[t, s]
+                if k < 0 or not resident[t, s]:
+                    rank[t, s] = _ELSEWHERE
+                elif k < head[t] or k >= tail[t]:
+                    rank[t, s] = _TOP
+                elif _inside(kind, m, k):
+                    rank[t, s] = m.page[k, _RANK]
+                else:
+                    rank[t, s] = m.page[k, _LEFT] - m.memory[_LEAVERS] - 1
+
+    return step
 
 
 class _Queue:
@@ -625,6 +631,10 @@ class _Queue:
     family = "classic"
     columns = {"rank": np.float32}
     _kind: int
+    _step: Any
+
+    def __init_subclass__(cls) -> None:
+        cls._step = staticmethod(_machine(cls._kind))
 
     def observe(self, view):
         lanes = view.shape[0] * view.shape[1]
@@ -632,8 +642,8 @@ class _Queue:
         head, tail = protected(self, view.budget.reshape(lanes), view.page_size)
         tail = view.keys - np.maximum(tail, int(view.tokens % view.page_size > 0))
         seen = (view.key, view.resident, view.last, view.arrived, view.size)
-        _step(
-            self._kind, self._rule, view.now, view.keys, *(locked(x.reshape(lanes, -1)) for x in seen),
+        self._step(
+            self._rule, view.now, view.keys, *(locked(x.reshape(lanes, -1)) for x in seen),
             locked(view.budget.reshape(lanes)), head, tail, *self._machines, view["rank"].reshape(lanes, -1),
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvsim import registry
 from kvsim.cache.cache import Cache
-from kvsim.cache.quality import BLOCK, Quality, stranded
+from kvsim.cache.quality import BLOCK, Quality, _holds, stranded
 from kvsim.cache.tiers import Capacity
 from kvsim.simulate import run
 from kvsim.trace.access import DenseSource, dense_trace
@@ -109,6 +109,18 @@ def watch_without_vectors(trace, policy, budget):
         cache.access(a)
         found.append((quality.gold_needed, quality.gold_lost, quality.gold_gone))
     return found[1:]
+
+
+@settings(deadline=None)
+@given(
+    st.permutations([-1, -1, *range(8)]), st.lists(st.booleans(), min_size=10, max_size=10), st.sets(st.integers(0, 9))
+)
+def test_pages_held_are_those_that_are_read(key, hidden, pages):
+    lanes = np.array([key, key[::-1]], np.int32)
+    read = (lanes >= 0) & ~np.array([hidden, hidden])
+    right = [[p in lanes[t][read[t]] for p in sorted(pages)] for t in range(2)]
+    found = _holds(lanes, read, np.array(sorted(pages), np.int64))
+    np.testing.assert_array_equal(found, np.array(right, bool).reshape(2, -1))
 
 
 def test_stranded_tokens_by_hand():

@@ -83,7 +83,8 @@ def test_no_policy_is_above_the_step_ceiling(trace, spec, budget):
     run = replay(policy, budget, trace)
     for a, out in zip(request.accesses(), run.out, strict=True):
         if not a.prefill:
-            kernels.largest_sum(a.row.reshape(len(ceiling), -1), a.keys, np.full(len(ceiling), budget + 1), ceiling)
+            row, count = a.row.reshape(len(ceiling), -1), np.full(len(ceiling), budget + 1)
+            kernels.largest_sum(0, len(ceiling), row, a.keys, count, ceiling)
             assert (out.attended <= ceiling + 1e-6).all()
 
 
