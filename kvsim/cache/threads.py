@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-THREADED = 1 << 16  # slots of all lanes from which handing some of them to another core pays
+THREADED = 1 << 17  # slots of all lanes from which handing some of them to another core pays
 _PARTS = 2  # per core: who is done first takes what is left, so that a core in other use holds up nobody
 
 
