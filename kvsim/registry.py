@@ -37,6 +37,7 @@ _COMMON = {
     "once": False,  # decides at the end of prefill alone: whatever is generated stays, beside the budget
     "granularity": "head",  # one decision per "head", "layer" or "token"
     "rows": "visible",  # weights it sees: renormalised over visible pages, or "full"
+    "state_bytes": 0,  # that it keeps per page and lane beside its columns
     "needs": frozenset(),  # trace data beyond decode rows: see `kvsim.trace.access.Source.provides`
     "wraps": (),  # policies that this one holds: a wrapper's inner ones
     "files": (),  # files that it reads: their content is part of a run's identity

@@ -319,7 +319,8 @@ class _Books:
             peak_bytes=r.peak,
         )
         self.policy_s += r.replay.cache.policy_seconds
-        self.state_bytes = max(self.state_bytes, r.replay.cache.view.state_bytes)
+        cache = r.replay.cache
+        self.state_bytes = max(self.state_bytes, cache.view.state_bytes + cache.policy.state_bytes)
 
     def tables(self, machine: Machine | Stream, now: float) -> dict[str, dict[str, np.ndarray]]:
         lanes, links = Recorder(results.LANES), Recorder(results.LINKS)

@@ -109,7 +109,7 @@ def stranded(key, tokens):
     `key`: int32 [lanes, slots], pages of one token, -1 for none; `tokens`: born so far. What stays holds its blocks,
     and of those is all but itself in vain.
     """
-    held, count = np.zeros(tokens // BLOCK + 2, np.uint8), 0
+    held, count = np.zeros(tokens // BLOCK + 2, np.uint8), np.int64(0)
     short = tokens % BLOCK - BLOCK  # the newest block is not full
     for t in range(key.shape[0]):
         held[:] = 0

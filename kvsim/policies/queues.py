@@ -630,6 +630,7 @@ class _Queue:
 
     family = "classic"
     columns = {"rank": np.float32}
+    state_bytes = 44  # of a page in its machine
     _kind: int
     _step: Any
 
@@ -831,6 +832,7 @@ class Gdsf(_Queue):
     """
 
     evidence = "code"
+    state_bytes = 52  # with H
     cost: float | str = 1.0
     compete: bool = False
     _kind = _GDSF

@@ -49,6 +49,11 @@ class Quest:
             raise ConfigError(f'reduce = "{self.reduce}"', hint='use "max" or "union"')
         self._bounds = Bounds()
 
+    @property
+    def state_bytes(self) -> int:
+        """Of the bounds, per page and lane."""
+        return self._bounds.page_bytes
+
     def select(self, view):
         bound = self._bounds.of(view.vectors, view.keys, view.page_size)
         if self.reduce == "max":
@@ -95,6 +100,11 @@ class FlexiCache:
         if isinstance(self.unstable, str):
             self.files = (self.unstable,)
         self._bounds, self._heads = Bounds(), _heads(self.unstable)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the bounds, per page and lane."""
+        return self._bounds.page_bytes
 
     def select(self, view):
         held, there = view["held"], view.key >= 0
@@ -256,6 +266,10 @@ class Bounds:
     def __init__(self) -> None:
         self._tokens = 0
         self._least = self._most = np.empty((0, 0, 0, 0), np.float32)  # [layers, kv_heads, pages, head_dim]
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * self._least.shape[-1] * self._least.itemsize
 
     def of(self, seen: Seen, keys: int, page_size: int) -> np.ndarray:
         """float32 [layers, kv_heads, group, keys]: what q.k of the newest query cannot exceed, by page."""

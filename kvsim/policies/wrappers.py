@@ -68,6 +68,10 @@ class Wrapper:
             raise AttributeError(name)
         return getattr(self.__dict__["policy"], name)
 
+    @property
+    def state_bytes(self) -> int:
+        return self.policy.state_bytes
+
     def observe(self, view):
         if view.now == 0:
             self._run = view.budget.copy()
@@ -241,7 +245,8 @@ class Lag(Wrapper):
     `shown` rows, renormalised over what is left.
 
     Departures: the rows are the last ones, be they from before the last decision (the code empties its buffer then) or
-    of the prompt; a prompt above the budget is cut as the inner policy does; column sums cannot be had from a few
+    of the prompt; what looks at keys (`keydiff`, `lagkv`, ...) is shown those of all tokens, also of such as are gone;
+    a prompt above the budget is cut as the inner policy does; column sums cannot be had from a few
     rows, so policies that need them are refused.
     """
 

@@ -160,7 +160,8 @@ def test_between_the_references_and_the_step_ceiling(trace, budget):
     one = np.empty(len(best), np.float32)
     for a in trace.requests()[0].accesses():
         if not a.prefill:
-            kernels.largest_sum(a.row.reshape(len(one), -1), a.keys, np.full(len(one), budget + 1), one)
+            row, count = a.row.reshape(len(one), -1), np.full(len(one), budget + 1)
+            kernels.largest_sum(0, len(one), row, a.keys, count, one)
             ceiling = ceiling + one
     assert (best <= ceiling + 1e-5).all()
     for spec in ("belady", "mass-oracle"):
