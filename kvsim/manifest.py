@@ -35,6 +35,13 @@ class Crowd:
 def manifest(setting: Setting, tables: Tables, crowd: Crowd, *, events: int, state_bytes: int) -> dict[str, Any]:
     """The manifest of a run from its tables, the number of SimPy `events` and what its policy keeps per page."""
     policy, identity = setting.policy(), identify(setting)
+    summary = {
+        **results.summarise(tables),
+        "peak_bytes": crowd.peak,
+        "running_peak": crowd.most,
+        "over_budget": _over_budget(setting, policy, tables),
+        "state_bytes_per_page": state_bytes,
+    }
     constants = {key: [c.value, c.evidence, c.source] for key, c in setting.hardware.constants.items()}
     return {
         "schema": results.SCHEMA,
@@ -54,15 +61,28 @@ def manifest(setting: Setting, tables: Tables, crowd: Crowd, *, events: int, sta
         "budget_bytes": float(setting.stored(np.mean(tables["requests"]["budget_pages"]))) * setting.page_bytes,
         "evidence": "latency: predicted by the machine model from the constants above; " + CAVEAT,
         "warnings": _warnings(setting, crowd.peak),
-        "notes": [*_notes(setting, policy, tables["requests"]), *_crowding(setting, crowd)],
+        "notes": [*_notes(setting, policy, tables["requests"], summary), *_crowding(setting, crowd)],
         "events": int(events),
-        "summary": {
-            **results.summarise(tables),
-            "peak_bytes": crowd.peak,
-            "running_peak": crowd.most,
-            "state_bytes_per_page": state_bytes,
-        },
+        "summary": summary,
     }
+
+
+def _over_budget(setting: Setting, policy: Any, tables: Tables) -> float:
+    """What the decode steps held (a read set: read), over what the budget allows: 1 and less for who keeps to it.
+
+    Allowed are the newest page, before it is decided who leaves, and what a lag declares.
+    """
+    steps, requests = tables["steps"], tables["requests"]
+    decode = steps["step"] > 0
+    if not decode.any() or not policy.bounded and policy.spec_name == "full":
+        return 1.0
+    reads = callable(getattr(policy, "select", None))
+    column = "read_bytes" if reads and setting.lossy else "held_bytes" if setting.lossy else "resident_bytes"
+    late = policy.lag - 1 if setting.lossy and not policy.once else 0
+    pages = dict(zip(requests["request"].tolist(), requests["budget_pages"].tolist(), strict=True))
+    most = np.array([pages[r] + 1 + late for r in steps["request"][decode].tolist()], np.float64)
+    allowed = setting.stored(most) * setting.page_bytes
+    return float(steps[column][decode].sum() / allowed.sum())
 
 
 def _warnings(setting: Setting, peak: float) -> list[str]:
@@ -84,11 +104,14 @@ def _crowding(setting: Setting, crowd: Crowd) -> list[str]:
     ]
 
 
-def _notes(setting: Setting, policy: Any, requests: Mapping[str, np.ndarray]) -> list[str]:
+def _notes(
+    setting: Setting, policy: Any, requests: Mapping[str, np.ndarray], summary: Mapping[str, float]
+) -> list[str]:
     """What a reader of the numbers has to know."""
     notes, shape, name = list(setting.notes), setting.shape, setting.config.policy
     full = int((requests["budget_pages"] >= requests["request_pages"]).sum())
-    if full and policy.bounded:
+    reads, splits = (callable(getattr(policy, hook, None)) for hook in ("select", "split"))
+    if full and policy.bounded and not splits:
         total = len(requests["request"])
         notes.append(f"{full} of {total} requests fit into the budget whole: there the cache is the full cache")
     if policy.once:
@@ -98,8 +121,11 @@ def _notes(setting: Setting, policy: Any, requests: Mapping[str, np.ndarray]) ->
     if setting.lossy and policy.lag > 1:
         late = f"may hold {policy.lag - 1} pages per lane over the budget: see peak_bytes"
         notes.append(f"{name} decides every {policy.lag} steps and {late}")
-    if setting.lossy and callable(getattr(policy, "select", None)):
-        notes.append(f"{name} reads the budget but holds every page: it saves bandwidth, not memory")
+    if setting.lossy and reads:
+        notes.append(f"{name} holds every page: it saves bandwidth, not memory")
+    if summary["over_budget"] > results.MORE:
+        what, times = "reads" if reads and setting.lossy else "holds", summary["over_budget"]
+        notes.append(f"{name} {what} {times:.2f} times the budget: do not compare it with others at the same budget")
     if setting.lossy and policy.rows == "visible" and setting.trace.manifest.get("heads") != "query":
         notes.append(
             "after eviction rows are renormalised per KV head, on the mean of its query heads: our variant of what the "

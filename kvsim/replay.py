@@ -270,7 +270,7 @@ class Replay:
             pool = setting.trace.pool if policy.granularity == "head" else policy.granularity
             policy.foresee(Future(replace(request, pool=pool), setting.predicate))
         self.cache = new_cache(setting, request, policy, audit=audit, record=record, kind=kind)
-        self.ceiling = np.full(self.cache.rows, np.nan)
+        self.ceiling, self.even_ceiling = (np.full(self.cache.rows, np.nan) for _ in range(2))
         self.quality = Quality(self.cache, request.source.facts) if quality and setting.lossy else None
         self.stranded = 0
         self._vectors = bool(policy.needs & VECTORS) or (
@@ -324,10 +324,19 @@ class Replay:
     def _ceiling(self, a: Access, o: Outcome) -> None:
         """Per row lane, the sum of the budget + 1 largest weights: no cache of `budget` pages attends to more.
 
-        Where a policy holds more for some steps, or reads more, as many as that.
+        `even_ceiling` is that of the run's budget, the same in every lane. `ceiling` is the policy's own: of the budget
+        that it split up, and where it holds more for some steps, or reads more, of as many as that.
         """
         held = np.count_nonzero(self.cache.seen >= 0, axis=1) if self.cache.selects else o.held
-        most = np.maximum(self.cache.budget + 1, held)
-        count = np.repeat(most, self.cache.rows // self.cache.lanes)
-        rows = self.cache.rows
-        threads.each(kernels.largest_sum, rows, a.keys, a.row.reshape(rows, -1), a.keys, count, self.ceiling)
+        rows, even = self.cache.rows, np.full(self.cache.lanes, min(self.budget, self.request.stride) + 1)
+        own = np.maximum(self.cache.budget + 1, held)
+        self._largest(a, rows, even, self.even_ceiling)
+        if np.array_equal(np.minimum(own, a.keys), np.minimum(even, a.keys)):
+            self.ceiling[:] = self.even_ceiling
+        else:
+            self._largest(a, rows, own, self.ceiling)
+
+    def _largest(self, a: Access, rows: int, most: np.ndarray, out: np.ndarray) -> None:
+        """The sum of the `most` [lanes] largest weights of each row lane."""
+        count = np.repeat(most, rows // len(most))
+        threads.each(kernels.largest_sum, rows, a.keys, a.row.reshape(rows, -1), a.keys, count, out)

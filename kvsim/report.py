@@ -16,7 +16,7 @@ import numpy as np
 from kvsim.cache.quality import BLOCK
 from kvsim.config import RunConfig, run_config
 from kvsim.replay import Replay, prepare
-from kvsim.results import Result
+from kvsim.results import MORE, Result
 from kvsim.simulate import run
 from kvsim.trace.access import Trace
 from kvsim.units import format_bandwidth, format_bytes, format_seconds
@@ -81,10 +81,11 @@ def compare(trace: Trace, result: Result, progress: Callable[[int, int], None] |
             changed["demand"] = "dense"
         lines.append(_reference(trace, config.model_copy(update=changed), key))
     if key == "recall":
-        lines.append(Line("step ceiling", result.summary["ceiling"], "bound"))
-    best = bound([{"policy": x.name, key: x.value, "ceiling": result.summary["ceiling"]} for x in lines], key)
+        lines.append(Line("step ceiling", result.summary["even_ceiling"], "bound"))
+    best = bound([{"policy": x.name, key: x.value, "even_ceiling": result.summary["even_ceiling"]} for x in lines], key)
     lines.sort(key=lambda x: (-round(x.value, 6), x.name))
-    return Comparison(key.replace("_", " "), lines, judge(policy.value, best), policy.value, best)
+    verdict = "over" if result.summary["over_budget"] > MORE else judge(policy.value, best)
+    return Comparison(key.replace("_", " "), lines, verdict, policy.value, best)
 
 
 def _reference(trace: Trace, config: RunConfig, key: str) -> Line:
@@ -108,7 +109,7 @@ def bound(rows: Iterable[Mapping[str, Any]], key: str) -> float:
     The step ceiling where pages are lost; Belady where they come back, exact for pages of one size.
     """
     if key == "recall":
-        known = [row["ceiling"] for row in rows if math.isfinite(row["ceiling"]) and row["policy"] != "full"]
+        known = [row["even_ceiling"] for row in rows if math.isfinite(row["even_ceiling"])]
         return min(known, default=float("nan"))
     return max((row[key] for row in rows if row["policy"] == "belady"), default=float("nan"))
 
@@ -133,6 +134,7 @@ VERDICTS = {
     "capacity": "capacity-bound: no policy could keep much more at this size",
     "policy": "policy-bound: a better policy could win back most of it",
     "both": "both: part of it is out of reach at this size, part is the policy's",
+    "over": "none: it took more than the budget, which the others keep to",
     "unknown": "no bound is known for this demand model",
 }
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+MORE = 1.02  # times the budget from which a run is not comparable with those that keep to it
 
 
 def _schema(text: str) -> dict[str, str]:
@@ -33,7 +34,8 @@ def _schema(text: str) -> dict[str, str]:
 
 STEPS = _schema(
     "request i4, step i4, start_s f8, end_s f8, compute_s f8, stall_s f8, submit_s f8, weight f8, attended f8, hit f8, "
-    "ceiling f8, used_pages i8, found_pages i8, resident_pages i8, resident_bytes f8, held_bytes f8, read_bytes f8, "
+    "ceiling f8, even_ceiling f8, used_pages i8, found_pages i8, resident_pages i8, resident_bytes f8, held_bytes f8, "
+    "read_bytes f8, "
     "fetched_host_bytes f8, fetched_ssd_bytes f8, prefetched_host_bytes f8, prefetched_ssd_bytes f8, rebuilt_pages i8, "
     "spilled_host_bytes f8, spilled_ssd_bytes f8, dropped_pages i8, gold_needed i8, gold_lost i8, gold_gone i8, "
     "output_error f8, stranded_tokens i8"
@@ -162,7 +164,8 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
         "gold_gone": int(s["gold_gone"][d].sum()),
         "output_error": mean(s["output_error"][d]),
         "stranded_share": share(s["stranded_tokens"][d].sum(), (s["stranded_tokens"] + s["resident_pages"])[d].sum()),
-        "ceiling": ratio(s["ceiling"][d].sum(), weight) if np.isfinite(s["ceiling"][d]).all() else float("nan"),
+        "ceiling": _ceiling(s["ceiling"][d], weight),
+        "even_ceiling": _ceiling(s["even_ceiling"][d], weight),
         "tpot_p50_s": _quantile(gaps, 0.5),
         "tpot_p90_s": _quantile(gaps, 0.9),
         "tpot_p99_s": _quantile(gaps, 0.99),
@@ -189,6 +192,10 @@ def _token_gaps(s: Mapping[str, np.ndarray]) -> np.ndarray:
 def ratio(a: float, b: float) -> float:
     """a / b; 1 where there was nothing to find."""
     return float(a / b) if b else 1.0
+
+
+def _ceiling(sums: np.ndarray, weight: float) -> float:
+    return ratio(sums.sum(), weight) if np.isfinite(sums).all() else float("nan")
 
 
 def share(a: float, b: float) -> float:

@@ -274,6 +274,7 @@ class _Books:
             stall_s=when.stall_s,
             submit_s=when.submit_s,
             ceiling=r.replay.ceiling.sum(),
+            even_ceiling=r.replay.even_ceiling.sum(),
             resident_pages=resident.sum(),
             resident_bytes=lane @ stored(resident, heads),
             held_bytes=r.held,

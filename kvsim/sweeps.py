@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _SKIP = ("name", "trace", "sweep", "plot")
-_MORE = 0.02  # a run whose own ceiling is this much higher was allowed more pages than the budget
 _REFERENCES = ("belady", "mass-oracle", "optimal")  # that a run's regret is measured from, where the grid has them
 
 
@@ -236,7 +235,7 @@ class Grid:
             for name in _REFERENCES:
                 best = references.get((self._alike(row), name), float("nan"))
                 row[f"regret_{name.replace('-', '_')}"] = best - row[key]
-            row["regret_ceiling"] = row["ceiling"] - row[key] if key == "recall" else float("nan")
+            row["regret_ceiling"] = row["even_ceiling"] - row[key] if key == "recall" else float("nan")
 
     def _alike(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(f"{a}={row.get(a)}" for a in ("budget", *self.axes) if a != "policy")
@@ -303,7 +302,7 @@ class Grid:
                 same = [r for r in rows if str(r["budget"]) == budget]
                 online = [r for r in same if not r["oracle"] and r["policy"] != "full"]
                 most = bound(same, self.metric)
-                within = [r for r in online if not r["ceiling"] > most + _MORE]
+                within = [r for r in online if r["over_budget"] <= results.MORE]
                 if not within or np.isnan(most):
                     continue
                 best = max(within, key=lambda r: r[self.metric])
@@ -315,7 +314,7 @@ class Grid:
                 )
                 if len(within) < len(online):
                     left = ", ".join(sorted({r["policy"] for r in online} - {r["policy"] for r in within}))
-                    lines.append(f"at {budget}: not judged, since they hold more than the budget: {left}")
+                    lines.append(f"at {budget}: not judged, since they hold or read more than the budget: {left}")
         return lines or [
             "no verdict: nothing in this sweep is a bound; where pages come back, add belady to the policies"
         ]

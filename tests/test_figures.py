@@ -69,7 +69,7 @@ def test_recall_against_budget_shows_every_policy_the_references_and_the_bound(l
     for policy in ("h2o", "belady"):
         (line,) = line_at(figure, [rows[policy, b]["recall"] for b in ("20%", "40%", "60%")])
         assert list(line.get_xdata()) == [20, 40, 60]
-    assert line_at(figure, [rows["h2o", b]["ceiling"] for b in ("20%", "40%", "60%")])
+    assert line_at(figure, [rows["h2o", b]["even_ceiling"] for b in ("20%", "40%", "60%")])
     for fact in ("trace synthetic (2 requests)", f"model {MODEL}", "hardware h100-pcie5", "lossy regime", "open loop"):
         assert fact in texts(figure)
 

@@ -17,6 +17,7 @@ NAMES = {
     "page_hit_rate": "page hit rate (needed pages found on the GPU, share)",
     "recurrence_loss": "recurrence loss (uses of an evicted page, share of all uses)",
     "ceiling": "step ceiling (bound on recall, share)",
+    "even_ceiling": "step ceiling of the budget (bound on recall, share)",
     "gold_loss": "gold-source loss (needed tokens that are gone, share of tokens and lanes)",
     "output_error": "output error (of attention's output, relative)",
     "stranded_share": "stranded tokens (gone, but in a block that is still held, share)",

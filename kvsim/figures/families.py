@@ -119,5 +119,5 @@ def _panel(
 
 def _ceiling(rows: Sequence[Mapping[str, Any]], x: str, across: columns.Axis) -> Points:
     """The bound of each budget at the place of a policy that holds the budget and no more, where one did (LRU)."""
-    rows = [row for row in rows if row["policy"] == "lru" and math.isfinite(row["ceiling"])]
-    return sorted((across.place(row[x]), row["ceiling"]) for row in rows)
+    rows = [row for row in rows if row["policy"] == "lru" and math.isfinite(row["even_ceiling"])]
+    return sorted((across.place(row[x]), row["even_ceiling"]) for row in rows)

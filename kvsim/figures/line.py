@@ -215,11 +215,11 @@ def _spread(xs: Sequence[float], log: bool) -> list[int]:
 def _bound(ax: Axes, rows: Sequence[Mapping[str, Any]], x: str, across: columns.Axis) -> list[tuple[Any, str]]:
     """Draw the step ceiling of bounded lossy runs where x decides it; returns its legend entry.
 
-    Of runs that see the same pages the lowest counts (a lag raises a policy's own), of different pages the highest.
+    Runs that see the same pages have the same one; of different pages the highest counts.
     """
     alike: dict[tuple[float, str], float] = {}
     for row in rows:
-        value = row.get("ceiling", float("nan"))
+        value = row.get("even_ceiling", float("nan"))
         if row["regime"] == "lossy" and row["policy"] != "full" and math.isfinite(value) and not across.words:
             key = across.place(row[x]), f"{row['page_size']} {row['requests']}"
             alike[key] = min(alike.get(key, value), value)
