@@ -32,9 +32,13 @@ class Crowd:
     waited: bool
 
 
-def manifest(setting: Setting, tables: Tables, crowd: Crowd, *, events: int, state_bytes: int) -> dict[str, Any]:
-    """The manifest of a run from its tables, the number of SimPy `events` and what its policy keeps per page."""
-    policy, identity = setting.policy(), identify(setting)
+def manifest(
+    setting: Setting, identity: Mapping[str, Any], tables: Tables, crowd: Crowd, *, events: int, state_bytes: int
+) -> dict[str, Any]:
+    """The manifest of a run from its `identity` (`identify`, before the first step: files may be edited meanwhile), its
+    tables, the number of SimPy `events` and what its policy keeps per page.
+    """
+    policy = setting.policy()
     summary = {
         **results.summarise(tables),
         "peak_bytes": crowd.peak,

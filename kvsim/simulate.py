@@ -20,7 +20,7 @@ from kvsim.config import RunConfig, run_config
 from kvsim.errors import KvsimError
 from kvsim.machine.precision import PLAIN, recode_seconds
 from kvsim.machine.work import Record
-from kvsim.manifest import Crowd, manifest
+from kvsim.manifest import Crowd, identify, manifest
 from kvsim.moves import Moves, plan_writer
 from kvsim.plan import PlanWriter
 from kvsim.replay import Replay, Setting, prepare
@@ -58,6 +58,7 @@ def run(
     from kvsim.machine.memory import Memory
 
     setting = prepare(trace, config or run_config(settings))
+    identity = identify(setting)
     env = simpy.Environment()
     machine = _machine(env, setting)
     with plan_writer(export_plan, setting) if export_plan else nullcontext() as plan:
@@ -71,7 +72,7 @@ def run(
     machine.finish()
     tables = books.tables(machine, machine.now)
     crowd = Crowd(books.peak, books.most, books.waited)
-    made = manifest(setting, tables, crowd, events=machine.events, state_bytes=books.state_bytes)
+    made = manifest(setting, identity, tables, crowd, events=machine.events, state_bytes=books.state_bytes)
     return Result(tables, made, {"policy_s": books.policy_s})
 
 

@@ -3,8 +3,8 @@
 A policy is NumPy text over whole columns. Where it is elementwise (arithmetic, comparisons, `np.where`, casts over
 columns, scalars of the view and the policy's parameters), the same text is one loop over the slots, which needs no
 array in between and no second pass for the victims. Nothing has to be declared: what is not elementwise, or could
-differ in its last bit, such as `np.exp`, runs as it is written. Types go by NumPy's own rules, operation by operation,
-so both ways decide the same; tests compare them.
+differ in its last bit, such as `np.exp`, or could change while it runs, such as a module's variable, runs as it is
+written. Types go by NumPy's own rules, operation by operation, so both ways decide the same; tests compare them.
 
 The loops are modules beside numba's cache of the kernels, named after what is in them, so they are compiled once.
 """
@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,13 +107,28 @@ def translate(policy: Any, hook: str) -> Loop:
         raise Refused(f"{hook} is not a plain method")
     if function.__closure__ or inspect.signature(function).parameters.keys() != {"self", "view"}:
         raise Refused(f"{hook} is not a function of self and view alone")
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        raise Refused(f"the text of {hook} is not to be had") from None
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+    tree = _text(function)
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or tree.name != hook:
         raise Refused(f"{hook} is not a plain method")
     return _Translator(policy, function.__globals__, hook).run(tree)
+
+
+def _text(function: FunctionType) -> ast.stmt:
+    """What a function says, if it is what runs: its text is read from the file, which may have been edited since."""
+    running = function.__code__
+    try:
+        lines = inspect.getsource(function)
+        above = running.co_firstlineno - 1  # equal code is on equal lines
+        inside = lines[0].isspace()  # then it needs a block, and one line above
+        lines = "\n" * (above - inside) + "if True:\n" * inside + lines
+        tree: Any = ast.parse(lines)
+        made = [c for c in compile(tree, running.co_filename, "exec").co_consts if isinstance(c, CodeType)]
+    except (OSError, TypeError, SyntaxError, ValueError):
+        raise Refused(f"the text of {function.__name__} is not to be had") from None
+    # flags say how it lies in what is around it
+    if running not in [c.replace(co_flags=running.co_flags) for c in made]:
+        raise Refused(f"the text of {function.__name__} is not what runs")
+    return tree.body[0].body[0] if inside else tree.body[0]
 
 
 class _Translator:
@@ -222,8 +237,8 @@ class _Translator:
         match node:
             case ast.Constant(value):
                 return self._number(value, node)
-            case ast.Name(name):
-                return self.names[name] if name in self.names else self._number(self.module.get(name), node)
+            case ast.Name(name) if name in self.names:
+                return self.names[name]
             case ast.Attribute(ast.Name("view"), name) if name in _COLUMNS:
                 self.columns[name] = None
                 return _Term(f"{name}[s]", _COLUMNS[name])
@@ -234,6 +249,8 @@ class _Translator:
                 return self._parameter(name, node)
             case ast.Subscript(ast.Name("view"), ast.Constant(str(name))) if name in self.private:
                 if self.private[name].subdtype or self.private[name].kind not in "biuf" or self.private[name] == "f2":
+                    raise self._refuse(node)
+                if not re.fullmatch(r"\w+", name, re.ASCII):  # it is part of a name in the loop
                     raise self._refuse(node)
                 self.columns[f"[{name}]"] = None
                 return _Term(f"own_{name}[s]", self.private[name])
@@ -414,7 +431,7 @@ def fuse(policy: Any, work: float) -> Fused | None:
 
 
 def _module(policy: Any, loops: Mapping[str, Loop]) -> str:
-    text = _HEAD.format(policy=f"{type(policy).__module__}.{type(policy).__qualname__}")
+    text = _HEAD.format(policy=type(policy).__qualname__)  # of any file: the same text is compiled once
     for hook, frame in (("observe", _OBSERVE), ("score", _VICTIMS)):
         if hook in loops:
             arrays = [n if n[0] != "[" else f"own_{n[1:-1]}" for n in loops[hook].columns]
@@ -454,5 +471,9 @@ def _load(name: str, text: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

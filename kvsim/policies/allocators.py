@@ -17,6 +17,7 @@ import numpy as np
 
 from kvsim.cache.view import protected, window
 from kvsim.errors import ConfigError, PolicyError
+from kvsim.policies.parameters import flag, number, refuse
 from kvsim.policies.wrappers import Wrapper, place
 from kvsim.registry import policy
 
@@ -42,8 +43,7 @@ class AdaKV(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha = {self.alpha}", hint="use a share from 0 to 1")
+        number(self, "alpha", most=1)
 
     def split(self, view):
         given = self.given(view)
@@ -111,8 +111,7 @@ class Pyramid(LayerBudgets):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.beta < 1:
-            raise ConfigError(f"beta = {self.beta}", hint="use 1 (even budgets) or more")
+        number(self, "beta", least=1)
 
     def wanted(self, view, layers, even):
         beside = min(self.fixed(view), even)
@@ -142,9 +141,9 @@ class GivenBudgets(LayerBudgets):
     def __post_init__(self):
         super().__post_init__()
         shares, self.files = _read(self.budgets)
-        numbers = all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in shares)
+        numbers = isinstance(shares, Sequence) and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in shares)
         if not numbers or not sum(shares) > 0:
-            raise ConfigError(f"budgets = {self.budgets!r}", hint="list numbers from 0, or name a JSON file of them")
+            refuse(self, "budgets", "list numbers from 0, or name a JSON file of them")
         self._shares = np.asarray(shares, float)
 
     def wanted(self, view, layers, even):
@@ -179,10 +178,12 @@ class DuoAttention(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.retrieval <= 1:
-            raise ConfigError(f"retrieval = {self.retrieval}", hint="use a share from 0 to 1")
+        number(self, "retrieval", most=1)
+        flag(self, "full")
         window(self.stream, np.zeros(1, np.int64), 1)
         self._listed, self.files = _read(self.heads)
+        if not isinstance(self._listed, Sequence) or not all(_is_pair(head) for head in self._listed):
+            refuse(self, "heads", "write [[layer, head], ...], or name a JSON file that holds such a list")
 
     def observe(self, view):
         super().observe(view)
@@ -211,7 +212,7 @@ class DuoAttention(Wrapper):
     def _named(self, view) -> np.ndarray:
         mask, (layers, heads) = np.zeros((*view.shape, 1), bool), view.shape
         for pair in self._listed:
-            if len(pair) != 2 or not (0 <= pair[0] < layers and 0 <= pair[1] < heads):
+            if not (0 <= pair[0] < layers and 0 <= pair[1] < heads):
                 raise PolicyError(f"no head {list(pair)} among {layers} layers of {heads}", hint="write [layer, head]")
             mask[tuple(pair)] = True
         return mask
@@ -256,6 +257,10 @@ def _between(wanted: np.ndarray, total: int, least: int, most: int) -> np.ndarra
 def _even(amount: Any, count: int) -> np.ndarray:
     """`amount` [.., 1, 1] as whole numbers [.., count, 1]: evenly, the first ones one more."""
     return amount // count + (np.arange(count)[:, None] < amount % count)
+
+
+def _is_pair(head: Any) -> bool:
+    return isinstance(head, Sequence) and len(head) == 2 and all(type(n) is int for n in head)
 
 
 def _read(listed: Any) -> tuple[Any, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvsim.cache.view import protected
-from kvsim.errors import ConfigError
+from kvsim.policies.parameters import choice, number, windowed
 from kvsim.registry import policy
 
 
@@ -114,15 +114,11 @@ class LazyEviction:
     dtype: str = "int32"
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ConfigError(f"window = {self.window}", hint="use one step or more")
-        if self.tie not in ("newest", "oldest", "last_weight"):
-            raise ConfigError(f'tie = "{self.tie}"', hint='use "newest", "oldest" or "last_weight"')
-        if self.dtype not in ("int32", "fp16"):
-            raise ConfigError(f'dtype = "{self.dtype}"', hint='use "int32" or "fp16"')
-        if not isinstance(self.recent, int) or self.recent < 0:
-            raise ConfigError(f"recent = {self.recent!r}", hint="write tokens; the newest `window` are kept anyway")
-        self.lag, self.recent = self.window, max(self.recent, self.window)
+        number(self, "alpha")
+        choice(self, "tie", "newest", "oldest", "last_weight")
+        choice(self, "dtype", "int32", "fp16")
+        windowed(self)
+        self.lag = self.window
         kind: Any = np.int32 if self.dtype == "int32" else np.float16
         self.columns = {"ts": kind, "mri": kind}
 

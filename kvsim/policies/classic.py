@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim.cache.view import protected
-from kvsim.errors import ConfigError
+from kvsim.policies.parameters import choice, number, whole
 from kvsim.registry import policy
 
 
@@ -88,8 +88,7 @@ class Lfu:
     tie: str = "arrival"
 
     def __post_init__(self):
-        if self.tie not in ("arrival", "use"):
-            raise ConfigError(f'lfu: tie = "{self.tie}"', hint='use "arrival" or "use"')
+        choice(self, "tie", "arrival", "use")
 
     def observe(self, view):
         count = view["count"]
@@ -206,6 +205,10 @@ class AdaptiveLru:
     evidence = "code"
     penalty: int = 1000
     large: float = 50.0
+
+    def __post_init__(self):
+        whole(self, "penalty")
+        number(self, "large")
 
     def score(self, view):
         return np.where(_joined(view), np.inf, view.last - self.penalty * (view.size > self.large))

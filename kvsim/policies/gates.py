@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from kvsim.errors import ConfigError
 from kvsim.policies.history import Unbudgeted
+from kvsim.policies.parameters import number
 from kvsim.registry import policy
 
 
@@ -32,6 +34,7 @@ class AttentionGate(Unbudgeted):
 
     def __post_init__(self):
         super().__post_init__()
+        number(self, "threshold", least=-math.inf)
         self._gates = None
         if self.scores:
             self.needs, self.files, self._gates = frozenset(), (self.scores,), _load(Path(self.scores))

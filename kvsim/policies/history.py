@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from kvsim.cache.view import View, pages, protected, share_of, window
-from kvsim.errors import ConfigError, PolicyError
+from kvsim.errors import PolicyError
+from kvsim.policies.parameters import flag, number, refuse, whole
 from kvsim.policies.classic import uniform
 from kvsim.registry import policy
 
@@ -35,7 +36,7 @@ class Lra:
     theta: float = 0.0
 
     def __post_init__(self):
-        at_least(self, "theta", 0)
+        number(self, "theta")
         self.columns = {"attended": np.int32} if self.theta else {}
 
     def observe(self, view):
@@ -79,7 +80,8 @@ class Scissorhands:
     drop: float = 0.5
 
     def __post_init__(self):
-        at_least(self, "window", 1)
+        whole(self, "window", least=1)
+        number(self, "drop", most=1)
         self.columns = {"low": np.int32, "ring": (np.uint64, (pages(self.window, 64),))}
 
     def observe(self, view):
@@ -134,9 +136,10 @@ class RoCo:
     generated: int = 0
 
     def __post_init__(self):
-        at_least(self, "generated", 0)
+        whole(self, "generated")
+        window(self.exempt, np.zeros(1, np.int64), 1)
         if self.generated and not (isinstance(self.recent, int) and self.recent <= self.generated):
-            raise ConfigError(f"recent = {self.recent!r}", hint=f"write {self.generated} (`generated`) tokens or less")
+            refuse(self, "recent", f"write {self.generated} (`generated`) tokens or less")
         self.bounded = not self.generated
 
     def observe(self, view):
@@ -189,7 +192,7 @@ class Unbudgeted:
 
     def __post_init__(self):
         if not isinstance(self.recent, int):
-            raise ConfigError(f"recent = {self.recent!r}", hint=f"write tokens: {self.spec_name} has no budget")
+            refuse(self, "recent", f"write tokens: {self.spec_name} has no budget")
 
     def split(self, view):
         stays = view.resident & (self.wanted(view) | _held_anyway(self, view))
@@ -220,7 +223,8 @@ class Corm(Unbudgeted):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, "window", 1)
+        whole(self, "window", least=1)
+        flag(self, "capped")
         self.bounded = self.capped
 
     def observe(self, view):
@@ -268,10 +272,10 @@ class Keyformer:
     every: int = 1
 
     def __post_init__(self):
-        at_least(self, "steps", 0)
-        at_least(self, "every", 1)
-        if min(self.tau, self.tau_end) <= 0:
-            raise ConfigError(f"tau from {self.tau} to {self.tau_end}", hint="use temperatures above zero")
+        whole(self, "steps")
+        whole(self, "every", least=1)
+        number(self, "tau", "tau_end", above=True)
+        flag(self, "noise")
         self.lag = self.every
 
     def observe(self, view):
@@ -338,9 +342,8 @@ class Evict3R:
 
     def __post_init__(self):
         self._frame = self._first = 0  # the newest frame and its first page
-        at_least(self, "special", 0)
-        if self.temp <= 0:
-            raise ConfigError(f"temp = {self.temp}", hint="use a temperature above zero")
+        whole(self, "special")
+        number(self, "temp", above=True)
 
     def observe(self, view):
         if view.now == 0:
@@ -419,12 +422,6 @@ def layer_shares(variance: np.ndarray, temp: float) -> np.ndarray:
 
 
 # -- what they share -----------------------------------------------------------------------------------------------
-
-
-def at_least(policy: Any, name: str, least: int) -> None:
-    """Raises ConfigError for a parameter below `least`."""
-    if getattr(policy, name) < least:
-        raise ConfigError(f"{name} = {getattr(policy, name)}", hint=f"use {least} or more")
 
 
 def _held(view: View) -> tuple[np.ndarray, np.ndarray]:

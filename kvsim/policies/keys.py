@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsim.errors import ConfigError, PolicyError
+from kvsim.errors import PolicyError
 from kvsim.policies.oneshot import OneShot
+from kvsim.policies.parameters import choice, flag, number, odd, whole, windowed
 from kvsim.registry import policy
 
 _NEW = np.int64(1 << 40)  # R-KV: places of entries that came after the last decision
@@ -79,10 +80,8 @@ class CurDKV(_ByToken):
     recent: int | str = 0
 
     def __post_init__(self):
-        if not isinstance(self.local, int) or self.local < 0:
-            raise ConfigError(f"local = {self.local!r}", hint="use tokens, or 0 for the whole prompt")
-        if self.use not in ("product", "mean", "key", "value"):
-            raise ConfigError(f'use = "{self.use}"', hint='use "product", "mean", "key" or "value"')
+        whole(self, "local")
+        choice(self, "use", "product", "mean", "key", "value")
 
     def tokens(self, seen, layer):
         k, v = (self._share((x[layer].astype(np.float32) ** 2).sum(-1)) for x in (seen.k, seen.v))
@@ -114,8 +113,8 @@ class LagKV(_ByToken):
     recent: int | str = 0
 
     def __post_init__(self):
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise ConfigError(f"chunk = {self.chunk!r}", hint="use one token or more")
+        whole(self, "chunk", least=1)
+        whole(self, "sink")
 
     def tokens(self, seen, layer):
         k, v = (x[layer].astype(np.float32) for x in (seen.k, seen.v))
@@ -157,6 +156,12 @@ class ExpectedAttention(_ByToken):
     epsilon: float = 0.0
     sink: int = 4
     recent: int | str = 0
+
+    def __post_init__(self):
+        whole(self, "future", least=1)
+        whole(self, "sink")
+        number(self, "epsilon")
+        flag(self, "covariance", "norm")
 
     def tokens(self, seen, layer):
         q, k, v = (x[layer].astype(np.float64) for x in (seen.q, seen.k, seen.v))
@@ -211,13 +216,12 @@ class RKV:
     recent: int | str = 1
 
     def __post_init__(self):
-        if not 1 <= self.window <= self.every:
-            raise ConfigError(f"window = {self.window}, every = {self.every}", hint="use 1 <= window <= every")
-        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"kernel = {self.kernel!r}", hint="use an odd number of tokens; 1 pools nothing")
-        if not isinstance(self.recent, int) or self.recent < 0:
-            raise ConfigError(f"recent = {self.recent!r}", hint="write tokens; the newest `window` are kept anyway")
-        self.lag, self.recent = self.every, max(self.recent, self.window)
+        windowed(self)
+        whole(self, "every", least=self.window)
+        odd(self, "kernel")
+        number(self, "mix", most=1)
+        number(self, "similar", least=-1, most=1)
+        self.lag = self.every
 
     def observe(self, view):
         if view.page_size > 1:

@@ -12,7 +12,8 @@ import math
 import numpy as np
 
 from kvsim.cache.view import pages, protected
-from kvsim.errors import ConfigError, PolicyError
+from kvsim.errors import PolicyError
+from kvsim.policies.parameters import choice, flag, number, odd, refuse, whole, windowed
 from kvsim.registry import policy
 
 
@@ -43,11 +44,7 @@ class _Windowed(OneShot):
     recent: int | str
 
     def __post_init__(self):
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ConfigError(f"window = {self.window!r}", hint="use one token or more")
-        if not isinstance(self.recent, int) or self.recent < 0:
-            raise ConfigError(f"recent = {self.recent!r}", hint="write tokens; the newest `window` are kept anyway")
-        self.recent = max(self.recent, self.window)
+        windowed(self)
 
 
 @policy("snapkv")
@@ -70,10 +67,8 @@ class SnapKV(_Windowed):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"kernel = {self.kernel!r}", hint="use an odd number of tokens; 1 pools nothing")
-        if self.pooling not in ("avg", "max"):
-            raise ConfigError(f'pooling = "{self.pooling}"', hint='use "avg" or "max"')
+        odd(self, "kernel")
+        choice(self, "pooling", "avg", "max")
 
     def votes(self, view):
         votes = _summed(view, self.window)
@@ -95,6 +90,10 @@ class PyramidKV(SnapKV):
     """
 
     beta: int = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        whole(self, "beta", least=1)
 
     def split(self, view):
         if view.now:
@@ -135,6 +134,13 @@ class PyramidInfer(OneShot):
     shortest: int = 64
     scaled: bool = True
     sink: int = 4
+
+    def __post_init__(self):
+        number(self, "rho", "share", most=1)
+        number(self, "weight", above=True)
+        whole(self, "interval", least=1)
+        whole(self, "shortest", "sink")
+        flag(self, "scaled")
 
     def split(self, view):
         return view.budget if view.now else self._held(view)
@@ -232,6 +238,13 @@ class Nacl(OneShot):
     protect: float = 0.01
     sink: int = 256
 
+    def __post_init__(self):
+        number(self, "proxies", "protect", most=1)
+        number(self, "keep", "draw", most=1)
+        whole(self, "sink")
+        if self.keep + self.draw == 0:
+            refuse(self, "keep", "keep or draw a share above 0")
+
     def votes(self, view):
         s = _summed(view, max(1, int(self.proxies * view.tokens)))
         head, tail = protected(self, view.budget, view.page_size)
@@ -259,6 +272,11 @@ class SimLayerKV(OneShot):
     threshold: float = 0.9
     last: int = 1
     sink: int = 4
+
+    def __post_init__(self):
+        number(self, "threshold", most=1)
+        whole(self, "last", least=1)
+        whole(self, "sink")
 
     def votes(self, view):
         return np.arange(view.keys)

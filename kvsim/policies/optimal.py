@@ -19,6 +19,7 @@ import numpy as np
 
 from kvsim.cache.view import protected
 from kvsim.errors import ConfigError
+from kvsim.policies.parameters import whole
 from kvsim.registry import policy
 
 _BLOCK = 2**26  # weights in memory at once: beyond it the trace is read once more for the next lanes
@@ -45,6 +46,9 @@ class Optimal:
     regimes = ("lossy",)
     recent: int | str = 0
     limit: int = 4_000_000
+
+    def __post_init__(self):
+        whole(self, "limit", least=1)
 
     def foresee(self, trace):
         _highs()  # a missing library is said before the work

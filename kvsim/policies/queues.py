@@ -28,6 +28,7 @@ from numba import njit
 
 from kvsim.cache.view import locked, protected
 from kvsim.errors import ConfigError
+from kvsim.policies.parameters import choice, flag, number, refuse, whole
 from kvsim.registry import policy
 
 _JIT: Any = {"cache": True, "nogil": True, "boundscheck": False}
@@ -59,7 +60,7 @@ class Machine(NamedTuple):
     memory: np.ndarray  # float64 [3]
     value: np.ndarray  # float64 [keys]: GDSF's H
     size: np.ndarray  # float64 [keys], in pages
-    rule: np.ndarray  # float64 [3]: parameters
+    rule: np.ndarray  # float64: parameters
 
 
 # -- lists -----------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def _s3_evict(m, room):
         k = m.ends[_ONE, 1]
         if m.page[k, _FREQ] < m.rule[2]:
             _pull(m, k)
-            _remember(m, k, _THREE, np.floor(room * abs(m.rule[1])))
+            _remember(m, k, _THREE, np.floor(room * m.rule[1]))
             _leaves(m, k)
             return
         m.page[k, _FREQ] = 0
@@ -221,7 +222,7 @@ def _s3_miss(m, k, room):
         _pull(m, k)
     while m.load[_ONE] + m.load[_TWO] + m.size[k] > room:
         _s3_evict(m, room)
-    spill = m.rule[1] < 0 and m.memory[_P] == 0 and m.load[_ONE] >= _small(m, room)
+    spill = m.rule[3] > 0 and m.memory[_P] == 0 and m.load[_ONE] >= _small(m, room)
     m.page[k, _FREQ] = 0
     _admit(m, k, _TWO if ghost or spill else _ONE)
 
@@ -740,12 +741,13 @@ class S3Fifo(_Queue):
 
     def __post_init__(self):
         _share(self, "small")
-        if self.warm not in ("small", "main"):
-            raise ConfigError(f'warm = "{self.warm}"', hint='use "small" or "main"')
+        number(self, "ghost")
+        whole(self, "threshold")
+        choice(self, "warm", "small", "main")
 
     @property
     def _rule(self):
-        return np.array([self.small, -self.ghost if self.warm == "main" else self.ghost, self.threshold], np.float64)
+        return np.array([self.small, self.ghost, self.threshold, self.warm == "main"], np.float64)
 
 
 @policy("2q")
@@ -766,6 +768,7 @@ class TwoQ(_Queue):
 
     def __post_init__(self):
         _share(self, "a1in")
+        number(self, "a1out")
 
     @property
     def _rule(self):
@@ -785,7 +788,7 @@ class Clock(_Queue):
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or not 1 <= self.bits <= 16:
-            raise ConfigError(f"clock: bits = {self.bits!r}", hint="write a whole number from 1 to 16")
+            refuse(self, "bits", "write a whole number from 1 to 16")
 
     @property
     def _rule(self):
@@ -814,6 +817,7 @@ class Lirs(_Queue):
 
     def __post_init__(self):
         _share(self, "hir")
+        number(self, "stack", least=1)
 
     @property
     def _rule(self):
@@ -840,7 +844,8 @@ class Gdsf(_Queue):
     def __post_init__(self):
         number = isinstance(self.cost, (int, float)) and 0 < self.cost < np.inf
         if not number and self.cost != "fetch":
-            raise ConfigError(f"gdsf: cost = {self.cost!r}", hint='write a number above zero, or "fetch"')
+            refuse(self, "cost", 'write a number above zero, or "fetch"')
+        flag(self, "compete")
 
     @property
     def _rule(self):

@@ -17,6 +17,7 @@ import numpy as np
 
 from kvsim.cache.view import protected
 from kvsim.errors import ConfigError, PolicyError
+from kvsim.policies.parameters import choice, number, refuse, whole
 from kvsim.registry import policy
 from kvsim.trace.access import Seen, Trace
 
@@ -44,9 +45,10 @@ class Quest:
     reduce: str = "max"
 
     def __post_init__(self):
-        _check_tokens(self.tokens)
-        if self.reduce not in ("max", "union"):
-            raise ConfigError(f'reduce = "{self.reduce}"', hint='use "max" or "union"')
+        _check_tokens(self)
+        choice(self, "reduce", "max", "union")
+        whole(self, "least", least=1)
+        whole(self, "dense_layers")
         self._bounds = Bounds()
 
     @property
@@ -94,9 +96,8 @@ class FlexiCache:
     unstable: list | tuple | str = ()
 
     def __post_init__(self):
-        _check_tokens(self.tokens)
-        if self.rerank < 1:
-            raise ConfigError(f"rerank = {self.rerank}", hint="use one step or more")
+        _check_tokens(self)
+        whole(self, "rerank", least=1)
         if isinstance(self.unstable, str):
             self.files = (self.unstable,)
         self._bounds, self._heads = Bounds(), _heads(self.unstable)
@@ -163,12 +164,11 @@ class Lfps:
     recent: int | str = 16
 
     def __post_init__(self):
-        _check_tokens(self.tokens)
-        if not 1 <= self.history <= 32 or self.every < 1 or self.near < 0:
-            raise ConfigError(
-                f"history = {self.history}, near = {self.near}, every = {self.every}",
-                hint="remember 1 to 32 steps, look 0 or more pages to the side, index anew every 1 or more steps",
-            )
+        _check_tokens(self)
+        whole(self, "history", "every", least=1)
+        whole(self, "near")
+        if self.history > 32:
+            refuse(self, "history", "remember 32 steps at most")
 
     def select(self, view):
         read = _by_key(view, view["read"])
@@ -222,10 +222,9 @@ class Alisa:
     window: int = 4
 
     def __post_init__(self):
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ConfigError(f"share = {self.share}", hint="write a number above 0, at most 1")
-        if self.window < 1:
-            raise ConfigError(f"window = {self.window}", hint="use one row or more")
+        if self.share is not None:
+            number(self, "share", most=1, above=True)
+        whole(self, "window", least=1)
         self.columns = {"rows": ("f4", self.window)}
 
     def observe(self, view):
@@ -380,9 +379,9 @@ def top(value: np.ndarray, count: int) -> np.ndarray:
     return (above | (ties & newest)) & (value > -np.inf)
 
 
-def _check_tokens(tokens: int | None) -> None:
-    if tokens is not None and (type(tokens) is not int or tokens < 1):
-        raise ConfigError(f"tokens = {tokens!r}", hint="write how many tokens a step reads, or None for the budget")
+def _check_tokens(policy: Any) -> None:
+    if policy.tokens is not None and (type(policy.tokens) is not int or policy.tokens < 1):
+        refuse(policy, "tokens", "write how many tokens a step reads, or None for the budget")
 
 
 def _count(tokens: int | None, view) -> int:

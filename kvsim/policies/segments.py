@@ -8,7 +8,8 @@ import numpy as np
 
 from kvsim.cache.view import View, pages
 from kvsim.errors import PolicyError
-from kvsim.policies.history import Unbudgeted, at_least
+from kvsim.policies.history import Unbudgeted
+from kvsim.policies.parameters import whole
 from kvsim.registry import policy
 
 # The codes of the fact "kind". OTHER is the frame of a round: time stamps, questions, markup of turns.
@@ -42,8 +43,8 @@ class StreamingVlm(Unbudgeted):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("window", 1), ("rounds", 1), ("text_sink", 0), ("text_window", 0)):
-            at_least(self, name, least)
+        whole(self, "window", "rounds", least=1)
+        whole(self, "text_sink", "text_window")
         self._text: list[int] = []  # the chunk of each text page so far
         self._chunk = -(2**31)  # of the newest page
 

@@ -16,6 +16,7 @@ import numpy as np
 from kvsim import registry
 from kvsim.cache.view import pages, protected
 from kvsim.errors import ConfigError, PolicyError
+from kvsim.policies.parameters import choice, flag, places, refuse, whole
 from kvsim.registry import PROTECTION, policy
 from kvsim.trace.access import Prompt
 
@@ -44,6 +45,8 @@ class Wrapper:
     evidence: str = "own"
 
     def __post_init__(self):
+        if not isinstance(self.inner, str):
+            refuse(self, "inner", 'name a policy, such as "h2o"')
         given = {name: value for name in PROTECTION if (value := getattr(self, name)) is not None}
         spec = registry.parse_spec(self.inner)
         p = self.policy = registry.build(str(registry.Spec(spec.name, spec.parameters | given)))
@@ -124,6 +127,7 @@ class Whitelist(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
+        places(self, "positions", "spans")
         self.budget_free = self.policy.budget_free
         if len(self.spans):
             self.needs |= {"span"}
@@ -164,6 +168,8 @@ class Fair(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
+        places(self, "spans")
+        flag(self, "local")
         self.needs |= frozenset() if len(self.spans) else {"spans"}
         self._core = self.policy
         while self._core.wraps:
@@ -258,8 +264,7 @@ class Lag(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.every < 1 or self.shown < 1:
-            raise ConfigError(f"every = {self.every}, shown = {self.shown}", hint="use one step and one row or more")
+        whole(self, "every", "shown", least=1)
         self._again, self.budget_free = self.once, self.policy.budget_free and not self.once
         self.lag, self.once, self._at = self.every, False, 0
         if self._again:
@@ -314,8 +319,8 @@ class Pageify(Wrapper):
     def __post_init__(self):
         super().__post_init__()
         self.batch = 1
-        if self.size < 1 or self.reduce not in ("max", "mean"):
-            raise ConfigError(f'size = {self.size}, reduce = "{self.reduce}"', hint='use tokens, and "max" or "mean"')
+        whole(self, "size", least=1)
+        choice(self, "reduce", "max", "mean")
 
     def split(self, view):
         if view.page_size > 1:
