@@ -148,6 +148,15 @@ def test_a_full_disk_leaves_no_result(toy, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_place_for_compiled_code(toy, tmp_path):
+    """As where kvsim and the home folder are read-only: numba may look at its variable alone, which is not set."""
+    command = [sys.executable, "-m", "kvsim", "run", str(toy), "--policy", "lru"]
+    alone = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    env = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | alone
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "NUMBA_CACHE_DIR" in done.stderr and "Traceback" not in done.stderr
+
+
 SWEEP = """
 name = "small"
 trace = "{trace}"

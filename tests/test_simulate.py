@@ -415,6 +415,22 @@ def test_a_user_policy_in_one_file(trace, tmp_path):
     assert run(trace, policy=f"{file}(recent=2)", budget="50%").id != r.id
 
 
+def test_a_policy_that_is_edited_meanwhile_is_recorded_as_it_ran(trace, tmp_path):
+    text = (
+        "from kvsim import policy\n\n@policy('own')\nclass Own:\n    def score(self, view):\n        return view.last\n"
+    )
+    (path := tmp_path / "own.py").write_text(text)
+    calm = run(trace, policy=str(path), budget="30%")
+
+    def edit(done, total):
+        if done == total:
+            path.write_text(text.replace("last", "key"))
+
+    edited = run(trace, policy=str(path), budget="30%", progress=edit)
+    assert edited.manifest["source"] == calm.manifest["source"] and edited.id == calm.id
+    assert run(trace, policy=str(path), budget="30%").manifest["source"] != calm.manifest["source"]
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -107,28 +107,31 @@ def translate(policy: Any, hook: str) -> Loop:
         raise Refused(f"{hook} is not a plain method")
     if function.__closure__ or inspect.signature(function).parameters.keys() != {"self", "view"}:
         raise Refused(f"{hook} is not a function of self and view alone")
-    tree = _text(function)
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or tree.name != hook:
-        raise Refused(f"{hook} is not a plain method")
-    return _Translator(policy, function.__globals__, hook).run(tree)
+    return _Translator(policy, function.__globals__, hook).run(_text(function))
 
 
-def _text(function: FunctionType) -> ast.stmt:
-    """What a function says, if it is what runs: its text is read from the file, which may have been edited since."""
-    running = function.__code__
+@cache
+def _text(function: FunctionType) -> ast.FunctionDef:
+    """The text of a function that compiles to what runs: its file may have been edited since it was imported."""
+    code = function.__code__
     try:
-        lines = inspect.getsource(function)
-        above = running.co_firstlineno - 1  # equal code is on equal lines
-        inside = lines[0].isspace()  # then it needs a block, and one line above
-        lines = "\n" * (above - inside) + "if True:\n" * inside + lines
-        tree: Any = ast.parse(lines)
-        made = [c for c in compile(tree, running.co_filename, "exec").co_consts if isinstance(c, CodeType)]
+        text = "".join(inspect.findsource(function)[0])  # whole: what a call compiles to depends on the imports
+        found = code in _codes(compile(text, code.co_filename, "exec", dont_inherit=True))
     except (OSError, TypeError, SyntaxError, ValueError):
         raise Refused(f"the text of {function.__name__} is not to be had") from None
-    # flags say how it lies in what is around it
-    if running not in [c.replace(co_flags=running.co_flags) for c in made]:
+    if not found:
         raise Refused(f"the text of {function.__name__} is not what runs")
-    return tree.body[0].body[0] if inside else tree.body[0]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.lineno == code.co_firstlineno:  # a decorator is on a line before
+            return node
+    raise Refused(f"{function.__name__} is not a plain method")
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
 
 class _Translator:
@@ -415,13 +418,15 @@ def fuse(policy: Any, work: float) -> Fused | None:
 
     Both ways decide the same, so it does not matter when this says yes.
     """
+    if work < LOADING:
+        return None
     loops = {}
     for hook in ("observe", "score"):
         try:
             loops[hook] = translate(policy, hook)
         except Refused:
             continue
-    if not loops or work < LOADING:
+    if not loops:
         return None
     text = _module(policy, loops)
     module = _load(f"fused_{hashlib.sha256((text + _kernels()).encode()).hexdigest()[:20]}", text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvsim.errors import KvsimError
+from kvsim.errors import ConfigError, KvsimError
 
 if TYPE_CHECKING:
     from kvsim.trace.access import Trace
@@ -56,6 +56,10 @@ def main() -> None:
             code = 2
         elif type(error).__name__ == "Abort":
             code = 130
+        elif "no locator available" in str(error) and not debug:  # numba's words, when it has no place to write to
+            code = 2
+            what = "compiled code cannot be kept: neither kvsim's own folder nor the home folder is writable"
+            _fail(ConfigError(what, hint="set NUMBA_CACHE_DIR to a folder that is"))
         else:
             raise
     sys.exit(code or 0)

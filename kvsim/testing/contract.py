@@ -10,6 +10,7 @@ import numpy as np
 from kvsim import registry
 from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
+from kvsim.cache.fused import fuse
 from kvsim.cache.future import Future
 from kvsim.cache.table import COLUMNS, Table
 from kvsim.cache.tiers import Capacity
@@ -23,8 +24,8 @@ def check_policy(spec: str) -> list[str]:
     """What is wrong with an eviction or offload policy, in words; empty when nothing is.
 
     `spec` is a spec string. Small traces are replayed in every regime the policy declares: once as they are, once
-    again, once with pages moved to other slots and once with a table that grows. A policy that needs what they do
-    not have is checked for form only.
+    again, once with pages moved to other slots, once with a table that grows, and once compiled where its text can be.
+    A policy that needs what they do not have is checked for form only.
     """
     try:
         kind, cls = _find(registry.parse_spec(spec).name)
@@ -88,11 +89,16 @@ def _behaviour(spec: str, kind: str, regime: str) -> list[str]:
         first = _replay(_Watched, spec, kind, regime, problems)
         if problems:
             return problems
-        for cache, said in (
+        variants: list[tuple[type[Cache], str]] = [
             (_Watched, "two runs with the same seed differ: draw from view.rng or a hash, and read no clock"),
             (_Moved, "pages moved to other slots give other victims: depend on view.key, not on the order of slots"),
             (_Grown, "a table that grew gives other victims: keep per-page state in `columns`, which the engine moves"),
-        ):
+        ]
+        if kind == "policy" and fuse(registry.build(spec), np.inf):
+            variants.append(
+                (_Compiled, "compiled, it gives other victims, which is a fault of kvsim: please report it")
+            )
+        for cache, said in variants:
             try:
                 again = _replay(cache, spec, kind, regime, [])
             except KvsimError as error:
@@ -191,6 +197,12 @@ class _Watched(Cache):
     def _note(self, text: str) -> None:
         if text not in self.problems:
             self.problems.append(text)
+
+
+class _Compiled(Cache):
+    """A cache that runs what of the policy's text can be compiled."""
+
+    fusing = True
 
 
 class _Moved(_Watched):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim import registry
-from kvsim.cache import fused, threads
+from kvsim.cache import fused, kernels, threads
 from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
 from kvsim.cache.table import COLUMNS, Table
@@ -118,9 +120,6 @@ def test_offload(trace, policy, budget):
 # -- types go by NumPy's rules -------------------------------------------------------------------------------------
 
 
-BIG, LIMIT = np.float64(1e300), 2.5
-
-
 @dataclass
 class EveryForm:
     """All forms and mixtures of types that are translated, one column each."""
@@ -142,7 +141,7 @@ class EveryForm:
         view["c3"][:] = view.uses / 7
         view["c4"][:] = view.mass * self.factor
         view["c5"][:] = view.mass * np.float64(0.1)
-        view["c6"][:] = view.key.astype(np.float64) / (view.now + 1) * BIG * BIG
+        view["c6"][:] = view.key.astype(np.float64) / (view.now + 1) * np.float64(1e300) * 1e300
         view["c7"][:] = view.key * 2147483647 + view.born  # wraps
         view["c8"][:] = np.where(view.mass > self.factor, view.now, view.born - self.shift)
         view["c9"][:] = -view.key ^ view.uses
@@ -168,7 +167,7 @@ class EveryForm:
         view["c20"][:] = np.float32(view.key) * view.tokens
         view["c21"][:] *= self.shift
         view["c22"][:] = view.keys - view.key
-        view["c23"][:] = LIMIT
+        view["c23"][:] = 2.5
         view["c24"][:] = (view.now - 1) / (view.keys + 0.5) + view.key
 
     def score(self, view):
@@ -229,14 +228,18 @@ def test_every_form_as_numpy_computes_it():
         "np = view\nreturn np.key",
         "return view.prompt",
         "return (view.now * 2**40) + view.key",
+        "return view.mass * LIMIT",  # a module's variable may change while it runs
+        "return view['my-heat']",  # no name for a loop's array
+        "return view['\\ufb01']",  # Python reads it as fi
     ],
 )
 def test_any_other_text_is_refused(score, tmp_path):
-    policy = policy_for("lru", columns={"heat": np.float32})
+    policy = policy_for("lru")
     if isinstance(score, str):
         body = score.replace("\n", "\n        ")
-        text = "import numpy as np\nfrom kvsim.registry import policy\n\n@policy('own')\nclass Own:\n"
-        text += f"    columns = {{'heat': np.float32}}\n    def score(self, view):\n        {body}\n"
+        text = "import numpy as np\nfrom kvsim.registry import policy\n\nLIMIT = 2.5\n\n@policy('own')\nclass Own:\n"
+        text += "    columns = dict.fromkeys(('heat', 'my-heat', '\\ufb01'), np.float32)\n"
+        text += f"    def score(self, view):\n        {body}\n"
         (tmp_path / "own.py").write_text(text)
         policy = registry.build(str(tmp_path / "own.py"))
     else:
@@ -253,6 +256,56 @@ def test_a_users_file_is_compiled_too(tmp_path):
     for heat in (0.5, 0.25):  # a parameter is no part of the text
         compare(tiny_trace(), f"{tmp_path}/own.py(heat={heat})", {}, 5, use=lambda: Use("weight", 0.1))
     assert len({fused.fuse(registry.build(f"{tmp_path}/own.py(heat={h})"), np.inf).victims for h in (0.5, 0.25)}) == 1
+
+
+OWN = (
+    "import numpy as np\nfrom kvsim.registry import policy\n\n@policy('own')\nclass Own:\n"
+    "    def score(self, view):\n        return {}\n"
+)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        OWN.format("-view.key"),
+        OWN.format("view.key * 1.0"),  # 1 == 1.0, but not to NumPy
+        OWN.format("np.abs(view.key)"),
+        OWN.replace("score", "other").format("view.key * 1"),
+        OWN.replace("import numpy as np", "import numpy as np\nimport re").format("view.key * 1"),
+        "",
+        "no Python at all: (",
+    ],
+)
+def test_a_file_that_was_edited_since_is_not_what_runs(edited, tmp_path):
+    (path := tmp_path / "own.py").write_text(OWN.format("view.key * 1"))
+    early, late = registry.build(str(path)), registry.build(str(path))
+    assert compiled(early) == {"score"}
+    fused._text.cache_clear()
+    path.write_text(edited)
+    with pytest.raises(fused.Refused):
+        fused.translate(late, "score")
+    path.unlink()
+    with pytest.raises(fused.Refused):
+        fused.translate(late, "score")
+
+
+def test_a_text_that_was_read_once_is_still_what_runs(tmp_path):
+    (path := tmp_path / "own.py").write_text(OWN.format("view.key * 1"))
+    policy = registry.build(str(path))
+    first = fused.translate(policy, "score")
+    path.write_text(OWN.format("-view.key"))
+    assert fused.translate(policy, "score") == first != fused.translate(registry.build(str(path)), "score")
+
+
+def test_a_loop_that_does_not_load_leaves_no_module():
+    name = "fused_of_no_policy"
+    for _ in range(2):
+        try:
+            with pytest.raises(SyntaxError):
+                fused._load(name, "no Python at all: (")
+        finally:
+            (Path(kernels.touch.stats.cache_path) / f"{name}.py").unlink()
+        assert name not in sys.modules
 
 
 # -- when, and how -------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvsim import registry
+from kvsim.cache import fused
 from kvsim.testing import check_policy
 from tests.helpers import replay
 
@@ -126,6 +129,13 @@ def test_each_clause_is_said_once(tmp_path, clause):
     problems = check_policy(str(path))
     assert len(problems) == len({re.sub("[0-9]+", "", p) for p in problems}) > 0, problems
     assert clause != "nan" or problems == ["score returned NaN for a resident page"]
+
+
+def test_compiled_it_has_to_decide_the_same(tmp_path, monkeypatch):
+    (path := tmp_path / "broken.py").write_text(lru(score="return view.last - 2 * view.key"))
+    assert check_policy(str(path)) == []
+    monkeypatch.setitem(fused._UFUNCS, ast.Sub, (np.subtract, "+"))
+    assert [p for p in check_policy(str(path)) if "compiled, it gives other victims" in p]
 
 
 OFFLOAD = """
