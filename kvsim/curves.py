@@ -186,10 +186,7 @@ def curve(
     """
     if "budget" in settings:
         raise ConfigError("a curve runs over budgets", hint='leave budget out, or give budgets=["10%", "20%"]')
-    if rows not in (None, "visible", "full"):
-        raise ConfigError(f'rows = "{rows}"', hint='use "visible" or "full"')
-    config = (config or run_config(settings)).model_copy(update={"budget": "100%"})
-    setting = _Setting.of(prepare(trace, config), rows)
+    setting = _prepared(trace, config or run_config(settings), rows)
     tell = _Counter(setting, progress)
     passes, reason = _one_pass(setting, tell)
     if budgets is None or isinstance(budgets, str):
@@ -211,11 +208,27 @@ def curve(
         return _point(setting, str(budget), found if passes else replayed)
 
     tell.start(1 if passes else len(chosen))
-    points = _points(chosen, at, strict)
+    points, below = _points(chosen, at, strict)
     source = {"name": trace.name, "requests": len(setting.trace.sources), "fingerprint": setting.trace.fingerprint}
     policy = setting.policy()
     oracle, full = callable(getattr(policy, "foresee", None)), policy.rows == "full"
-    return Curve(setting.config, source, oracle, full, ONE_PASS if passes else EACH, reason, points, at)
+    return Curve(setting.config, source, oracle, full, ONE_PASS if passes else EACH, reason + below, points, at)
+
+
+def rehearse(trace: Trace, config: RunConfig, rows: str | None = None) -> None:
+    """Raises at once what `curve` would find after a while: settings, or a first prompt, that cannot serve the policy.
+
+    An oracle only needs the trace.
+    """
+    setting = _prepared(trace, config, rows)
+    if not callable(getattr(setting.policy(), "foresee", None)):
+        next(iter(Replay(setting, setting.trace.requests()[0])))
+
+
+def _prepared(trace: Trace, config: RunConfig, rows: str | None) -> _Setting:
+    if rows not in (None, "visible", "full"):
+        raise ConfigError(f'rows = "{rows}"', hint='use "visible" or "full"')
+    return _Setting.of(prepare(trace, config.model_copy(update={"budget": "100%"})), rows)
 
 
 def _grid(setting: Setting, asked: str | None, one_pass: bool) -> list[str]:
@@ -230,18 +243,28 @@ def _grid(setting: Setting, asked: str | None, one_pass: bool) -> list[str]:
     return [str(pages) for pages in every]
 
 
-def _points(budgets: Sequence[str], at: Callable[[str], dict[str, Any]], strict: bool) -> list[dict[str, Any]]:
-    """The points that can be had: of budgets that nobody listed, those below what is protected are left out."""
+def _points(
+    budgets: Sequence[str], at: Callable[[str], dict[str, Any]], strict: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """The points that can be had, and words on the others: of budgets that nobody listed, those below what is
+    protected are left out. Raises ConfigError where none is left."""
     if not budgets:
         raise ConfigError("no budget was given", hint='give some, such as ["10%", "20%"]')
-    points = []
+    points, out, why = [], [], None
     for budget in budgets:
         try:
             points.append(at(budget))
-        except ConfigError:
+        except ConfigError as error:
             if strict:
                 raise
-    return points
+            out.append(budget)
+            why = error
+    if why is None:
+        return points, ""
+    if not points:
+        raise why
+    some = out[0] if len(out) == 1 else f"{out[0]} to {out[-1]}"
+    return points, f"; without {some}: {why.what}"
 
 
 def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request], _Sums]) -> dict[str, Any]:

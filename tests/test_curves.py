@@ -15,7 +15,8 @@ from kvsim import registry
 from kvsim.cache.demand import Use
 from kvsim.cache.stack import Stacks, not_nested
 from kvsim.cache.tiers import Capacity
-from kvsim.curves import EACH, GRID, ONE_PASS, PERCENT, Curves, curve
+from kvsim.config import run_config
+from kvsim.curves import EACH, GRID, ONE_PASS, PERCENT, Curves, curve, rehearse
 from kvsim.errors import ConfigError, PolicyError, ResultError
 from kvsim.figures import draw
 from kvsim.simulate import run
@@ -26,6 +27,7 @@ from kvsim.trace.synthetic import synthetic_source, synthetic_trace
 
 from .conftest import SIZES
 from .helpers import M1, matrix_trace, policy_for, references
+from .policies.test_history import FewRows
 from .strategies import DEMANDS, traces
 from .test_cli import kvsim
 
@@ -267,6 +269,47 @@ def test_full_rows_are_a_variant(mixed):
 def test_what_cannot_be_is_refused(settings, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         curve(timed(synthetic_trace(prompt=30, steps=70)), **settings)
+
+
+def test_says_what_is_left_out():
+    trace = timed(synthetic_trace(prompt=30, steps=70))
+    c = curve(trace, policy="streaming-llm(recent=8)", rows="full")
+    assert c.budgets[0] == "12%"
+    assert c.reason.endswith("; without 1% to 11%: a budget of 11 pages is below the 12 that streaming-llm protects")
+    assert "without" not in curve(trace, policy="lru(recent=1)", rows="full").reason
+
+
+def test_there_is_no_curve_without_points(tmp_path):
+    text = '''from kvsim import policy
+from kvsim.errors import ConfigError
+
+@policy("never")
+class Never:
+    """Refuses everything."""
+
+    def observe(self, view):
+        raise ConfigError("not today")
+
+    def score(self, view):
+        return view.key
+'''
+    (file := tmp_path / "never.py").write_text(text)
+    with pytest.raises(ConfigError, match='not today\nin policy "never"'):
+        curve(timed(synthetic_trace(prompt=30, steps=70)), policy=str(file), budgets="all")
+
+
+def test_a_rehearsal_finds_what_the_prompt_cannot_serve():
+    """Before the long work, and under the policy's name."""
+    source = synthetic_trace(prompt=30, steps=4).sources[0]
+    whole, few = timed(dense_trace([source])), timed(dense_trace([FewRows(source._prompt, source._decode)]))
+    for policy in ("corm", "snapkv(window=8)", "belady"):
+        config = run_config({"policy": policy})
+        rehearse(whole, config)
+        if policy != "belady":
+            with pytest.raises(PolicyError, match=f'in policy "{config.policy.partition("(")[0]}"'):
+                rehearse(few, config)
+    with pytest.raises(ConfigError, match="rows = "):
+        rehearse(whole, run_config({"policy": "lru"}), "some")
 
 
 def test_progress_is_told(mixed):

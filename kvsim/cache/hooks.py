@@ -16,14 +16,19 @@ _METHOD = {"scores": "score", "a read set": "select", "budgets": "split", "tiers
 
 
 def call(owner: Any, method: str, *arguments: Any, now: int, optional: bool = False) -> Any:
-    """The hook's answer; None for an optional one that is not defined. Raises PolicyError for whatever it raises."""
+    """The hook's answer; None for an optional one that is not defined.
+
+    Raises PolicyError for whatever it raises; an error in kvsim's words gets the policy's name, where it has no place.
+    """
     function = getattr(owner, method, None)
     if function is None and optional:
         return None
     try:
         return function(*arguments)  # type: ignore[misc]
-    except KvsimError:
-        raise
+    except KvsimError as error:
+        if error.where:
+            raise
+        raise type(error)(error.what, where=f'policy "{name(owner)}"', hint=error.hint) from error
     except Exception as error:
         hint = f"{type(error).__name__}: {error}"
         if "read-only" in str(error):

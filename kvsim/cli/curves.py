@@ -47,7 +47,7 @@ def curve(
     Example: kvsim curve demo --policy lru --policy h2o(recent=32) --rows full --plot curve.svg -o curve.csv
     """
     from kvsim.config import parse_settings, run_config
-    from kvsim.curves import Curves, check_name
+    from kvsim.curves import Curves, check_name, rehearse
     from kvsim.curves import curve as measure
     from kvsim.figures import draw
     from kvsim.figures.page import check_name as check_figure
@@ -64,9 +64,11 @@ def curve(
     check_figure(plot) if plot else None
     opened, curves = open_named(trace), Curves()
     with Wait(f"replaying {opened.name}") as wait:
-        for name in policy or ["h2o"]:
-            progress = wait.then(f"{opened.name}: {name}")
-            config = run_config({**values, "policy": name})
+        configs = [run_config({**values, "policy": name}) for name in policy or ["h2o"]]
+        for config in configs[1:]:  # before the long work on the first
+            rehearse(opened, config, rows)
+        for config in configs:
+            progress = wait.then(f"{opened.name}: {config.policy}")
             curves.append(measure(opened, config, budgets=listed, rows=rows, progress=progress))
     _print(curves, wait.seconds)
     if output:

@@ -141,8 +141,8 @@ class GivenBudgets(LayerBudgets):
     def __post_init__(self):
         super().__post_init__()
         shares, self.files = _read(self.budgets)
-        numbers = isinstance(shares, Sequence) and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in shares)
-        if not numbers or not sum(shares) > 0:
+        listed = isinstance(shares, Sequence) and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in shares)
+        if not listed or not sum(shares) > 0:
             refuse(self, "budgets", "list numbers from 0, or name a JSON file of them")
         self._shares = np.asarray(shares, float)
 

@@ -78,8 +78,8 @@ class Lru:
 class Lfu:
     """Least frequently used since it arrived; the count is lost on eviction (not perfect LFU). Prompt rows count.
 
-    Among equal counts the earlier arrival leaves, with `tie="use"` the one used longest ago (so libCacheSim's LFU.c):
-    the score is the count and a fraction for the tie. What joins in this step leaves last: a newcomer is admitted.
+    Among equal counts the earlier arrival leaves, with `tie="use"` the one used longest ago (so libCacheSim's LFU.c).
+    What joins in this step leaves last: a newcomer is admitted.
     """
 
     family = "classic"
@@ -99,7 +99,25 @@ class Lfu:
 
     def score(self, view):
         since = view.arrived if self.tie == "arrival" else view.last
-        return np.where(_joined(view), np.inf, view["count"] + since / (view.now + 1))
+        return np.where(_joined(view), np.inf, _exact(view["count"], since, view.now))
+
+
+def _exact(first, second, now):
+    """float32, in the order of two whole numbers (int32, from 0), of which the second is at most `now`.
+
+    Up to 2**24 they are first * (now + 1) + second; larger ones are the bits of a float, whose order they have.
+    """
+    most = int(first.max(initial=0)) * (now + 1) + now
+    if most <= _HUGE:
+        both = first * np.int32(now + 1) + second
+    else:
+        pairs = first.astype(np.int64) * (now + 1) + second
+        both = np.unique(pairs, return_inverse=True)[1].reshape(pairs.shape).astype(np.int32)
+    return both.astype(np.float32) if most <= 2**24 else (both + _TINY).view(np.float32)
+
+
+_TINY = np.finfo(np.float32).tiny.view(np.int32)  # bits of the least normal number, and what is left above them
+_HUGE = int(np.finfo(np.float32).max.view(np.int32) - _TINY)
 
 
 def _joined(view):

@@ -14,8 +14,8 @@ import numpy as np
 
 from kvsim.cache.view import View, pages, protected, share_of, window
 from kvsim.errors import PolicyError
-from kvsim.policies.parameters import flag, number, refuse, whole
 from kvsim.policies.classic import uniform
+from kvsim.policies.parameters import flag, number, refuse, whole
 from kvsim.registry import policy
 
 

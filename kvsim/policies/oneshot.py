@@ -224,7 +224,8 @@ class Nacl(OneShot):
     The last int(`proxies` * prompt) rows (at least one) are summed to s. Of the places beside the protected pages,
     `draw` / (`keep` + `draw`) go to pages drawn without replacement with p = softmax(s), the others to the largest s:
     the published shares of the prompt, 12 % and 7 %, as proportions of the run's budget. The newest int(`protect` *
-    prompt) - `sink` tokens stay, which is none below 25,600 tokens with the published 256 sinks.
+    prompt) - `sink` tokens stay, which is none below 25,600 tokens with the published 256 sinks. A budget has to
+    hold these and the newest token: for one below 257 tokens choose fewer sinks, such as `sink=4`.
 
     Departures: the proxies' own rows are causal (the code's are not). The published policy leaves prompts of 2,048
     tokens and less alone; here the budget says so. Drawn as the largest s + Gumbel noise, which is that distribution,

@@ -48,7 +48,7 @@ class Optimal:
     limit: int = 4_000_000
 
     def __post_init__(self):
-        whole(self, "limit", least=1)
+        whole(self, "limit")
 
     def foresee(self, trace):
         _highs()  # a missing library is said before the work

@@ -9,11 +9,11 @@ from typing import Any
 from kvsim.errors import ConfigError
 
 
-def whole(policy: Any, *names: str, least: int = 0) -> None:
-    """Raises ConfigError for a parameter that is no whole number from `least`."""
+def whole(policy: Any, *names: str, least: int = 0, most: float = math.inf) -> None:
+    """Raises ConfigError for a parameter that is no whole number from `least` to `most`."""
     for name in names:
-        if not _is_whole(getattr(policy, name), least):
-            refuse(policy, name, f"write a whole number, {least} or more")
+        if not _is_whole(value := getattr(policy, name), least) or value > most:
+            refuse(policy, name, f"write a whole number, {least} {'or more' if most == math.inf else f'to {most}'}")
 
 
 def number(policy: Any, *names: str, least: float = 0, most: float = math.inf, above: bool = False) -> None:

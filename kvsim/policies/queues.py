@@ -27,7 +27,6 @@ import numpy as np
 from numba import njit
 
 from kvsim.cache.view import locked, protected
-from kvsim.errors import ConfigError
 from kvsim.policies.parameters import choice, flag, number, refuse, whole
 from kvsim.registry import policy
 
@@ -694,13 +693,6 @@ class _Queue:
         self._machines = page, ends, load, memory, value, size
 
 
-def _share(policy, *names) -> None:
-    for name in names:
-        x = getattr(policy, name)
-        if not isinstance(x, (int, float)) or not 0 <= x <= 1:
-            raise ConfigError(f"{policy.spec_name}: {name} = {x!r} is no share", hint="write a number from 0 to 1")
-
-
 @policy("arc")
 class Arc(_Queue):
     """Adaptive replacement: pages seen once (T1) and more often (T2), and a boundary p between them that ghosts move.
@@ -740,7 +732,7 @@ class S3Fifo(_Queue):
     _kind = _S3
 
     def __post_init__(self):
-        _share(self, "small")
+        number(self, "small", most=1)
         number(self, "ghost")
         whole(self, "threshold")
         choice(self, "warm", "small", "main")
@@ -767,7 +759,7 @@ class TwoQ(_Queue):
     _kind = _2Q
 
     def __post_init__(self):
-        _share(self, "a1in")
+        number(self, "a1in", most=1)
         number(self, "a1out")
 
     @property
@@ -787,8 +779,7 @@ class Clock(_Queue):
     _kind = _CLOCK
 
     def __post_init__(self):
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= 16:
-            refuse(self, "bits", "write a whole number from 1 to 16")
+        whole(self, "bits", least=1, most=16)
 
     @property
     def _rule(self):
@@ -816,7 +807,7 @@ class Lirs(_Queue):
     _kind = _LIRS
 
     def __post_init__(self):
-        _share(self, "hir")
+        number(self, "hir", most=1)
         number(self, "stack", least=1)
 
     @property

@@ -165,10 +165,9 @@ class Lfps:
 
     def __post_init__(self):
         _check_tokens(self)
-        whole(self, "history", "every", least=1)
+        whole(self, "history", least=1, most=32)
+        whole(self, "every", least=1)
         whole(self, "near")
-        if self.history > 32:
-            refuse(self, "history", "remember 32 steps at most")
 
     def select(self, view):
         read = _by_key(view, view["read"])
@@ -234,7 +233,7 @@ class Alisa:
             stored, wanted = len(view.prompt.rows), min(self.window, view.tokens)
             if stored < wanted:
                 hint = f"capture with --prompt-rows {wanted}, or use a smaller window"
-                raise PolicyError(f"alisa needs the last {wanted} prompt rows, the trace holds {stored}", hint=hint)
+                raise PolicyError(f"the last {wanted} prompt rows are needed, the trace holds {stored}", hint=hint)
             for back in range(1, wanted):
                 rows[..., -back % self.window] = view.gather(view.prompt.rows[-1 - back])
 

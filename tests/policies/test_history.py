@@ -403,9 +403,8 @@ def few_rows(prompt=4):
 def test_too_few_prompt_rows_are_said(name):
     trace = few_rows()
     for window in (3, 400):  # all 4 rows, where the prompt has no more
-        with pytest.raises(
-            PolicyError, match=rf"the last {min(window, 4)} rows .* stores 2\ncapture it with --prompt-"
-        ):
+        words = rf'the last {min(window, 4)} rows .* stores 2\nin policy "{name}"\ncapture it with --prompt-'
+        with pytest.raises(PolicyError, match=words):
             replay(f"{name}(window={window}, recent=1)", 4, trace)
     run = replay(f"{name}(window=2, recent=1)", 4, trace)
     np.testing.assert_array_equal(run.copies, replay(f"{name}(window=2, recent=1)", 4, matrix_trace(prompt=4)).copies)
@@ -561,7 +560,7 @@ def test_evict3r_with_few_prompt_rows():
         ("corm(window=0)", "window = 0"),
         ("keyformer(every=0)", "every = 0"),
         ("keyformer(steps=-1)", "steps = -1"),
-        ("keyformer(tau=0)", "tau from 0"),
+        ("keyformer(tau=0)", "tau = 0"),
         ("evict3r(temp=0)", "temp = 0"),
         ("evict3r(special=-1)", "special = -1"),
     ],

@@ -401,7 +401,7 @@ def test_alisa_wants_its_rows():
     trace = matrix_trace()
     whole = trace.sources[0].prompt()
     trace.sources[0].prompt = lambda: replace(whole, rows=whole.rows[-1:], kv_lo=whole.kv_lo[-1:])
-    with pytest.raises(PolicyError, match="needs the last 2 prompt rows, the trace holds 1"):
+    with pytest.raises(PolicyError, match="the last 2 prompt rows are needed, the trace holds 1"):
         Watched("alisa(window=4)", trace, 3)
     assert Watched("alisa(window=1)", trace, 3).lane()[0] == [0, 1, 2]
 
