@@ -36,16 +36,8 @@ MIB = 2**20
 
 def read_grid(folder: Path) -> list[dict[str, Any]]:
     """What the page shows of each run, ordered by policy and budget."""
-    kept = (
-        "policy",
-        "budget",
-        *METRICS,
-        "held_mean_bytes",
-        "read_mean_bytes",
-        "state_bytes_per_page",
-        "ceiling",
-        "oracle",
-    )
+    bytes_ = ("held_mean_bytes", "read_mean_bytes", "state_bytes_per_page")
+    kept = ("policy", "budget", *METRICS, *bytes_, "even_ceiling", "over_budget", "oracle")
     rows = [{key: row[key] for key in kept} for row in open_results(folder).rows()]
     for row in rows:
         for key, value in row.items():
