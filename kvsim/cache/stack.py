@@ -14,12 +14,13 @@ sliding window left it behind) takes what comes down, since no cache from that s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from kvsim.cache import hooks
+from kvsim.cache import hooks, threads
 from kvsim.cache.cache import Cache
 from kvsim.cache.kernels import _JIT, _is_used, _rank
 from kvsim.cache.outcome import Outcome
@@ -64,7 +65,16 @@ class Stacks(Cache):
         self.stack = np.full((self.lanes, self.stride), -1, np.int32)  # keys, -1 for an empty place
         self.depth = np.zeros(self.lanes, np.int64)  # places in use
         self.entered = 0  # keys below have entered the stacks; the others are in every cache
-        self.mass, self.found = np.zeros(self.stride + 1), np.zeros(self.stride + 1, np.int64)
+        places = (self.lanes, self.stride + 1)
+        self._mass_at, self._found_at = np.zeros(places), np.zeros(places, np.int64)
+
+    @property
+    def mass(self) -> np.ndarray:
+        return self._mass_at.sum(0)
+
+    @property
+    def found(self) -> np.ndarray:
+        return self._found_at.sum(0)
 
     @property
     def depends(self) -> str | None:
@@ -92,7 +102,7 @@ class Stacks(Cache):
         limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
         if not a.prefill:
             place = self.stack, self.depth, self._first, self.entered, a.keys
-            tally(row, peak, self.page_size, *place, *limits, self.mass, self.found)
+            self._each(tally, row, peak, self.page_size, *place, *limits, self._mass_at, self._found_at)
         if self.evicts and self.policy.bounded and self._due(a):
             self._enter_stacks(a, peak, limits)
         if a.prefill:
@@ -101,61 +111,62 @@ class Stacks(Cache):
     def _enter_stacks(self, a: Access, peak: np.ndarray, limits: tuple[np.ndarray, np.ndarray]) -> None:
         t, score, (head, tail) = self.table, self.score(), self.protected()
         pinned = a.keys - 1 if a.tokens % self.page_size else -1
-        bad = descend(
-            score, t.key, head, a.keys - tail, pinned, peak, *limits, not self.lossy, self.entered,
+        self._each(
+            descend, score, t.key, head, a.keys - tail, pinned, peak, *limits, not self.lossy, self.entered,
             self.stack, self.depth,
         )  # fmt: skip
-        if bad >= 0:
-            lane = tuple(int(i) for i in np.unravel_index(bad, self.shape))
+        if self.depth.min() < 0:
+            lane = tuple(int(i) for i in np.unravel_index(self.depth.argmin(), self.shape))
             wrong = f"returned NaN at step {a.step}, lane {lane}"
             raise hooks.broken(self.policy, wrong, "score", "every resident page needs a number")
         self.entered = a.keys
 
+    def _each(self, loop: Callable[..., None], *arguments: Any) -> None:
+        threads.each(loop, self.lanes, self.stride, *arguments)
+
 
 @njit(**_JIT)
-def tally(row, peak, page_size, stack, depth, first, entered, keys, need, need_key, mass, found):
-    """Add the weights and the used pages at each place of the stacks; pages from `entered` on count at 0."""
-    lanes = stack.shape[0]
-    group = row.shape[0] // lanes
+def tally(begin, end, row, peak, page_size, stack, depth, first, entered, keys, need, need_key, mass, found):
+    """Add the weights and the used pages at each place of a lane's stack; pages from `entered` on count at 0."""
+    group = row.shape[0] // stack.shape[0]
     weight = np.empty(stack.shape[1], np.float32)
-    for t in range(lanes):
+    for t in range(begin, end):
         places, least = depth[t], first[t]
         for m in range(t * group, (t + 1) * group):
             from_weight, from_key = need[m], need_key[m]
             for k in range(max(entered, least), keys):
-                mass[0] += row[m, k]
-                found[0] += _is_used(peak[m, k], k, from_weight, from_key)
+                mass[t, 0] += row[m, k]
+                found[t, 0] += _is_used(peak[m, k], k, from_weight, from_key)
             for i in range(places):
                 weight[i] = row[m, np.uint32(max(stack[t, i], 0))]
             for i in range(places):
-                mass[i + 1] += weight[i] if stack[t, i] >= least else np.float32(0.0)
+                mass[t, i + 1] += weight[i] if stack[t, i] >= least else np.float32(0.0)
             if page_size > 1:
                 for i in range(places):
                     weight[i] = peak[m, np.uint32(max(stack[t, i], 0))]
             for i in range(places):
                 k = stack[t, i]
-                found[i + 1] += (k >= least) & _is_used(weight[i], k, from_weight, from_key)
+                found[t, i + 1] += (k >= least) & _is_used(weight[i], k, from_weight, from_key)
 
 
 @njit(**_JIT)
-def descend(score, key, head, tail, pinned, peak, need, need_key, comes_back, entered, stack, depth):
+def descend(begin, end, score, key, head, tail, pinned, peak, need, need_key, comes_back, entered, stack, depth):
     """Let pages go down the stacks: those from `entered` on, and with `comes_back` (the offload regime) every page that
-    a row uses. Order, `head`, `tail` and `pinned` as in `kernels.victims`. Returns the lane of the first NaN score,
-    or -1.
+    a row uses. Order, `head`, `tail` and `pinned` as in `kernels.victims`. The depth of a lane with a NaN score is -1.
     """
-    lanes, slots = key.shape
-    stride = stack.shape[1]
-    group = peak.shape[0] // lanes
+    slots, stride = key.shape[1], stack.shape[1]
+    group = peak.shape[0] // key.shape[0]
     ranks = np.empty(slots, np.uint64)
     rank, heap = np.empty(stride + 1, np.uint64), np.empty(stride, np.uint64)  # by key + 1; 0 is that of no key
-    for t in range(lanes):
+    for t in range(begin, end):
         low, high, bad = head[t], tail[t], 0
         for s in range(slots):
             k, x = key[t, s], score[t, s]
             bad += (k >= 0) & (x != x)
             ranks[s] = _rank(k < low or k >= high, x, k + 1)
         if bad:
-            return t
+            depth[t] = -1
+            continue
         rank[:] = _GONE
         for s in range(slots):
             rank[np.uint32(key[t, s] + 1)] = ranks[s]
@@ -175,7 +186,6 @@ def descend(score, key, head, tail, pinned, peak, need, need_key, comes_back, en
                 rank[k + 1] = _GONE
                 n += 1
         depth[t] = _carry(stack[t], depth[t], rank, heap, n)
-    return -1
 
 
 @njit(**_JIT)
