@@ -131,8 +131,10 @@ Which of them agree with whose original: [peers.md](peers.md).
 
 - CriticalKV needs the output projection of each head, which no trace holds; the norm of v in its place would be another
   policy. Leverage, Compactor and CAPKV sketch the keys at random in ways we could not check.
-- KVzip, FastKVzip, KVzap, Q-Filter and DMS score tokens inside the model: `attention-gate` takes such scores from a file.
-- ChunkKV is `snapkv` with `--page-size N --granularity layer`; DecodingPress is `lag` around a policy that decides once.
+- KVzip, FastKVzip, KVzap, Q-Filter and DMS score tokens inside the model: `attention-gate` takes such scores from a
+  file.
+- ChunkKV is `snapkv` with `--page-size N --granularity layer`; DecodingPress is `lag` around a policy that decides
+  once.
 - PyramidInfer's thinning while decoding keeps a share without a budget and is left out; ALISA's placement in phases and
   Marconi's prefix nodes are offload systems, Cold-RL a learned policy: these are not policies of attention.
 - KIVI and RotateKV change bits, not presence: they are [formats of a tier](hardware.md#tier-formats).
