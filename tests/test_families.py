@@ -44,7 +44,7 @@ def test_the_lines_are_the_runs(grid, panels):
 
 
 def test_a_protected_policy_has_the_colour_of_the_plain_one(panels):
-    lines = [x for x in panels["classic"].lines if x.get_color() == families._COLOURS[0]]
+    lines = [x for x in panels["classic"].lines if x.get_color() == families.COLOURS[0]]
     assert sorted(x.get_linestyle() for x in lines) == ["-", "--"]
     assert named(panels["classic"]) == ["lru"]
 

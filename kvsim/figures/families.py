@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvsim import registry
 from kvsim.errors import ResultError
 from kvsim.figures import columns, page
-from kvsim.figures.line import _COLOURS, _MARKERS
+from kvsim.figures.line import COLOURS, MARKERS
 from kvsim.results import Result
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _panel(
         xs, ys = zip(*lines[policy], strict=True)
         open_ = is_protected(policy)
         ax.plot(
-            xs, ys, "--" if open_ else "-", color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
+            xs, ys, "--" if open_ else "-", color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
             markerfacecolor="white" if open_ else None, markersize=4, linewidth=1.3, zorder=3,
             label=None if open_ and any(p != policy and label(p) == label(policy) for p in members) else label(policy),
         )  # fmt: skip

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours that stay apart in the common kinds of colour blindness (after Okabe and Ito, and Tol), best contrasts first.
-_COLOURS = (
+COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#332288", "#56B4E9", "#882255", "#999933", "#44AA99",
 )  # fmt: skip
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h")
 _KNOWN = ("h2o", "tova", "lru", "streaming-llm", "lfu", "lazy-eviction", "h2o-mask", "random", "fifo")
 _SLOTS = {name: i for i, name in enumerate(_KNOWN)}
 _FAMILY_LINES: dict[str, Any] = {
@@ -157,13 +157,13 @@ def _dress(lines: list[Line], hue: str) -> None:
         else:
             slot = slots[line.key[0]]
             line.look = {
-                "color": scale.get(line.key[0], _COLOURS[slot % len(_COLOURS)]),
-                "marker": _MARKERS[slot % len(_MARKERS)],
+                "color": scale.get(line.key[0], COLOURS[slot % len(COLOURS)]),
+                "marker": MARKERS[slot % len(MARKERS)],
                 "linewidth": 1.6,
                 "linestyle": _FAMILY_LINES.get(_family(base), "-") if hue == "policy" else "-",
             }
         if len(variants) > 1 and "marker" in line.look:
-            line.look["marker"] = _MARKERS[variants.index(line.key[1:]) % len(_MARKERS)]
+            line.look["marker"] = MARKERS[variants.index(line.key[1:]) % len(MARKERS)]
 
 
 def _choose(values: Sequence[str], hue: str) -> dict[str, int]:
