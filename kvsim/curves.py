@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kvsim import replay
 from kvsim.cache.stack import Stacks, not_nested
 from kvsim.config import RunConfig, run_config
 from kvsim.errors import ConfigError
@@ -216,13 +217,8 @@ def curve(
 
 
 def rehearse(trace: Trace, config: RunConfig, rows: str | None = None) -> None:
-    """Raises at once what `curve` would find after a while: settings, or a first prompt, that cannot serve the policy.
-
-    An oracle only needs the trace.
-    """
-    setting = _prepared(trace, config, rows)
-    if not callable(getattr(setting.policy(), "foresee", None)):
-        next(iter(Replay(setting, setting.trace.requests()[0])))
+    """Raises at once what `curve` would find after a while: settings, or a prompt, that cannot serve the policy."""
+    replay.rehearse(_prepared(trace, config, rows))
 
 
 def _prepared(trace: Trace, config: RunConfig, rows: str | None) -> _Setting:

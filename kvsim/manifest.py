@@ -150,7 +150,7 @@ def identify(setting: Setting) -> dict[str, Any]:
     loaded = {
         "hardware": {key: c.value for key, c in setting.hardware.constants.items()},
         "model": vars(setting.shape),
-        "offload": None if setting.lossy else registry.source_hash(registry.build(str(config.offload), "offload")),
+        "offload": None if setting.lossy else registry.source_hash(setting.build(str(config.offload), "offload")),
     }
     return {
         "config": config.model_dump(),

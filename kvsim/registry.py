@@ -15,7 +15,9 @@ import inspect
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,8 @@ _PLUGIN = "kvsim_plugin_"  # how modules made from a user's file are called
 _TABLE: dict[tuple[str, str], type] = {}
 # A user's files are asked for by path, so two of them may use the same name: two versions of one idea, side by side.
 _FILES: dict[str, dict[tuple[str, str], type]] = {}
+_SOURCES: dict[str, str] = {}  # of these modules, what was loaded: their files may hold something else by now
+_TEXTS: ContextVar[dict[Path, bytes] | None] = ContextVar("texts", default=None)
 
 # What a policy gets when it does not say otherwise. Fields become parameters of its spec string.
 _COMMON = {
@@ -218,19 +222,41 @@ def load_all() -> None:
 _LOADED: set[str] = set()
 
 
+@contextmanager
+def reading(texts: dict[Path, bytes]) -> Iterator[None]:
+    """Within it a user's file is read once, into `texts`, and stays what it was then: a run is of the text that it
+    began with, whatever is saved meanwhile."""
+    before = _TEXTS.set(texts)
+    try:
+        yield
+    finally:
+        _TEXTS.reset(before)
+
+
+def texts() -> dict[Path, bytes]:
+    """Of the `reading` that we are in; without one, none yet."""
+    known = _TEXTS.get()
+    return {} if known is None else known
+
+
 def load_file(path: Path) -> ModuleType:
     """Import a user's file under a name made of its content, so that an edited file is a new module."""
-    if not path.is_file():
-        raise PolicyError(f'no file "{path}"', hint="give the path of a .py file that uses @policy")
-    name = _PLUGIN + hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
+    known, place = texts(), path.resolve()
+    if place not in known:
+        if not path.is_file():
+            raise PolicyError(f'no file "{path}"', hint="give the path of a .py file that uses @policy")
+        known[place] = path.read_bytes()
+    text = known[place]
+    name = _PLUGIN + hashlib.sha256(str(place).encode() + text).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    assert spec
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
+    try:  # not its loader, which reads the file again, or bytecode of another text that is as long and as old
+        exec(compile(text, str(module.__file__), "exec", dont_inherit=True), vars(module))
+        _SOURCES[name] = importlib.util.decode_source(text)
     except PolicyError:
         del sys.modules[name]
         raise
@@ -268,7 +294,9 @@ def _from_module(module: ModuleType, attribute: str, kind: str, name: str) -> ty
 
 def source_hash(instance: Any) -> str:
     """Part of a run's identity: SHA-256 of the class's module source, the policies it wraps and the files it reads."""
-    digest = hashlib.sha256(inspect.getsource(sys.modules[type(instance).__module__]).encode())
+    module = type(instance).__module__
+    source = _SOURCES[module] if module in _SOURCES else inspect.getsource(sys.modules[module])
+    digest = hashlib.sha256(source.encode())
     for inner in getattr(instance, "wraps", ()):
         digest.update(source_hash(inner).encode())
     for path in getattr(instance, "files", ()):

@@ -46,6 +46,7 @@ class Setting:
     use: Use
     demand: Use | None
     notes: list[str] = field(default_factory=list)
+    texts: dict[Path, bytes] = field(default_factory=registry.texts, repr=False)  # of the plug-in files it names
 
     @property
     def lossy(self) -> bool:
@@ -58,7 +59,7 @@ class Setting:
 
     def policy(self) -> Any:
         """A fresh policy object. Raises PolicyError where the regime or the trace cannot serve it."""
-        policy = registry.build(self.config.policy)
+        policy = self.build(self.config.policy)
         if self.config.granularity:
             policy.granularity = self.config.granularity
         if self.config.regime not in policy.regimes:
@@ -76,6 +77,11 @@ class Setting:
                     hint="leave --granularity at head",
                 )
         return policy
+
+    def build(self, spec: str, kind: str = "policy") -> Any:
+        """What a spec string says, of the texts that its files had at first."""
+        with registry.reading(self.texts):
+            return registry.build(spec, kind)
 
     def lanes(self, policy: Any) -> tuple[int, int]:
         """Table lanes (layers, heads) at the policy's granularity."""
@@ -196,6 +202,15 @@ def prepare(trace: Trace, config: RunConfig) -> Setting:
     return setting
 
 
+def rehearse(setting: Setting) -> None:
+    """Raises at once what a run finds in its first steps: a prompt that cannot serve the policy, or breaks it.
+
+    Asked is the longest prompt. An oracle only needs the trace.
+    """
+    if not callable(getattr(setting.policy(), "foresee", None)):
+        next(iter(Replay(setting, max(setting.trace.requests(), key=lambda request: request.prompt_tokens))))
+
+
 def _precision(setting: Setting) -> list[str]:
     """What a reader has to know of quantised tiers."""
     low = [tier for tier, form in setting.formats.items() if not form.plain]
@@ -237,7 +252,7 @@ def new_cache(
         request.stride,
         policy,
         Capacity(setting.budget(request), setting.tier("host"), setting.tier("ssd")),
-        offload=None if setting.lossy else registry.build(str(setting.config.offload), "offload"),
+        offload=None if setting.lossy else setting.build(str(setting.config.offload), "offload"),
         use=setting.use,
         demand=setting.demand,
         page_size=request.page_size,

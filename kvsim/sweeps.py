@@ -7,8 +7,9 @@ are handed configurations and give back nothing but files.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvsim import results
+from kvsim import registry, results
 from kvsim.config import parse_settings, read_toml, run_config
 from kvsim.errors import ConfigError, KvsimError, ResultError
 from kvsim.manifest import identify
-from kvsim.replay import prepare
+from kvsim.replay import Setting, prepare, rehearse
 from kvsim.report import VERDICTS, bound, judge, metric
-from kvsim.results import Result, open_result
+from kvsim.results import Result, check_free, open_result
 from kvsim.simulate import run
 from kvsim.trace.access import Trace
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Progress = Callable[[int, int], None]
+Point = dict[str, Any]  # flat keys of one run
 _SKIP = ("name", "trace", "sweep", "plot")
 _REFERENCES = ("belady", "mass-oracle", "optimal")  # that a run's regret is measured from, where the grid has them
 
@@ -40,7 +42,7 @@ class Plan:
 
     name: str
     trace: str
-    points: list[dict[str, Any]]
+    points: list[Point]
     axes: list[str]
     plots: list[dict[str, Any]] = field(default_factory=list)
     where: str | None = None
@@ -75,9 +77,9 @@ def read_sweep(path: str | Path, settings: list[str] | None = None) -> Plan:
 
 def expand(
     base: Mapping[str, Any], sweep: Mapping[str, Any], where: str | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[Point], list[str]]:
     """All points of a [sweep] table and of each [[sweep.also]], without repeats, and the keys that vary."""
-    points: list[dict[str, Any]] = []
+    points: list[Point] = []
     axes: list[str] = []
     groups = [{k: v for k, v in sweep.items() if k != "also"}, *sweep.get("also", [])]
     for group in groups:
@@ -113,57 +115,94 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
 def run_sweep(plan: Plan, folder: str | Path, *, jobs: int = 1, progress: Progress | None = None) -> Grid:
     """Run the points that `folder` does not hold yet, each into its own sub-folder; then read them all.
 
-    Raises the first error of a point; what was finished before it stays.
+    Files of policies are read once, at the start. What is certain to fail is said before the first point is run. Raises
+    the first error of a point; what was finished before it stays.
     """
     if jobs < 1:
         raise ConfigError(f"{jobs} jobs", hint="use 1 or more")
-    folder = Path(folder)
-    trace = _trace(plan.trace)
-    ids = [_identity(trace, plan, point) for point in plan.points]
-    todo = {i: p for i, p in zip(ids, plan.points, strict=True) if not (folder / i / "manifest.json").exists()}
-    done = len(set(ids)) - len(todo)
+    folder, texts = Path(folder), registry.texts()
+    with registry.reading(texts):
+        ids, todo = _ask(plan, folder)
+    done = len(ids) - len(todo)
     report = progress or (lambda done, total: None)
-    report(done, len(set(ids)))
-    for _ in _execute(plan, folder, todo, jobs):
+    report(done, len(ids))
+    for _ in _execute(plan, todo, texts, jobs):
         done += 1
-        report(done, len(set(ids)))
-    grid = Grid([open_result(folder / i) for i in dict.fromkeys(ids)], plan.axes)
+        report(done, len(ids))
+    grid = Grid([open_result(folder / i) for i in ids], plan.axes)
     grid.save(folder / "grid.parquet")
     return grid
 
 
-def _identity(trace: Trace, plan: Plan, point: dict[str, Any]) -> str:
-    """A point's id; every point is checked before any is run, and an error names the point."""
+def _ask(plan: Plan, folder: Path) -> tuple[list[str], dict[Path, Point]]:
+    """The ids of all points; and those that are to be run, by the folders that they go to."""
+    asked = {
+        results.run_id(identify(setting)): (point, setting) for point, setting in _prepare(_trace(plan.trace), plan)
+    }
+    todo = {i: found for i, found in asked.items() if not (folder / i / "manifest.json").exists()}
+    for i in todo:
+        check_free(folder / i, i)
+    _rehearse(plan, todo.values())
+    return list(asked), {folder / i: point for i, (point, _) in todo.items()}
+
+
+def _prepare(trace: Trace, plan: Plan) -> Iterator[tuple[Point, Setting]]:
+    """Every point with what it names loaded and checked."""
+    for point in plan.points:
+        with _named(plan, point):
+            setting = prepare(trace, run_config(point, plan.where))
+        yield point, setting
+
+
+def _rehearse(plan: Plan, asked: Iterable[tuple[Point, Setting]]) -> None:
+    """The first step of points; of those that differ in budget alone, of the one with the least, where most leaves."""
+    least: dict[str, tuple[Point, Setting]] = {}
+    for point, setting in sorted(asked, key=lambda found: found[1].budget(found[1].trace.requests()[0])):
+        least.setdefault(setting.config.model_dump_json(exclude={"budget"}), (point, setting))
+    for point, setting in least.values():
+        with _named(plan, point):
+            rehearse(setting)
+
+
+@contextmanager
+def _named(plan: Plan, point: Point) -> Iterator[None]:
+    """An error names the point it is of."""
     try:
-        return results.run_id(identify(prepare(trace, run_config(point, plan.where))))
+        yield
     except KvsimError as error:
-        named = ", ".join(f"{axis} = {point[axis]!r}" for axis in plan.axes if axis in point)
-        where = f"{plan.where or plan.name}, {named}" + (
-            f", {error.where}" if error.where not in (None, plan.where) else ""
-        )
+        axes = ", ".join(f"{axis} = {point[axis]!r}" for axis in plan.axes if axis in point)
+        where = ", ".join(dict.fromkeys(place for place in (plan.where or plan.name, axes, error.where) if place))
         raise type(error)(error.what, where=where, hint=error.hint) from None
 
 
-def _execute(plan: Plan, folder: Path, todo: Mapping[str, dict[str, Any]], jobs: int) -> Iterator[str]:
+def _execute(plan: Plan, todo: Mapping[Path, Point], texts: dict[Path, bytes], jobs: int) -> Iterator[None]:
+    """Run the points, each into its folder; one step per point that is done."""
     if jobs == 1 or len(todo) < 2:
         trace = _trace(plan.trace)
-        for name, point in todo.items():
-            run(trace, run_config(point)).save(folder / name)
-            yield name
+        for folder, point in todo.items():
+            with _named(plan, point):
+                _point(trace, point, folder, texts)
+            yield
         return
     with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_point, plan.trace, point, folder / name) for name, point in todo.items()]
+        futures = {pool.submit(_point, plan.trace, p, folder, texts): p for folder, p in todo.items()}
         try:
             for future in as_completed(futures):
-                yield future.result()
+                with _named(plan, futures[future]):
+                    future.result()
+                yield
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _point(trace: str, point: dict[str, Any], folder: Path) -> str:
-    run(_trace(trace), run_config(point)).save(folder)
-    return folder.name
+def _point(trace: Trace | str, point: Point, folder: Path, texts: dict[Path, bytes]) -> None:
+    """`folder` is called as the run is to be; a hardware file, say, may be another one by now."""
+    with registry.reading(texts):
+        result = run(_trace(trace) if isinstance(trace, str) else trace, run_config(point))
+    if result.id != folder.name:
+        raise ConfigError("a file that this point names was edited since the sweep began", hint="run the sweep again")
+    result.save(folder)
 
 
 def _trace(name: str) -> Trace:
@@ -178,8 +217,14 @@ def sweep(trace: Trace, **keys: Any) -> Grid:
     `kvsim.sweep(trace, policy=["full", "lru"], budget=["10%", "20%"])`
     """
     axes = {k: v for k, v in keys.items() if isinstance(v, list)}
-    points, names = expand({k: v for k, v in keys.items() if k not in axes}, axes)
-    return Grid([run(trace, run_config(p)) for p in points], names)
+    plan = Plan("sweep", trace.name, *expand({k: v for k, v in keys.items() if k not in axes}, axes))
+    runs = []
+    with registry.reading(registry.texts()):
+        _rehearse(plan, _prepare(trace, plan))
+        for point in plan.points:
+            with _named(plan, point):
+                runs.append(run(trace, run_config(point)))
+    return Grid(runs, plan.axes)
 
 
 def open_results(folder: str | Path) -> Grid:

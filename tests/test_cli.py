@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvsim.config import RunConfig
 from kvsim.trace.export import save
 
 from .conftest import SIZES
@@ -194,7 +195,7 @@ def test_sweep_resumes_and_draws(toy, tmp_path):
         assert file.read_bytes() == (tmp_path / "out" / file.relative_to(tmp_path / "alone")).read_bytes()
 
 
-def test_a_failing_point_stops_the_sweep_with_its_reason(toy, tmp_path):
+def test_a_point_that_fails_is_said_before_the_first_is_run(toy, tmp_path):
     (tmp_path / "nan.py").write_text(
         "from kvsim import policy\n\n@policy('nan')\nclass Nan:\n    'Not a number.'\n"
         "    def score(self, view):\n        return view.last * float('nan')\n"
@@ -203,11 +204,20 @@ def test_a_failing_point_stops_the_sweep_with_its_reason(toy, tmp_path):
     (tmp_path / "s.toml").write_text(text)
     for jobs in ("1", "2"):
         done = kvsim("sweep", "s.toml", "--jobs", jobs, "-o", f"out{jobs}", cwd=tmp_path, check=2)
-        assert "NaN" in done.stderr and not list(tmp_path.rglob("*.partial"))
+        assert "NaN" in done.stderr and "s.toml, policy = 'nan.py', budget = '30%'" in done.stderr
+        assert len(done.stderr.strip().splitlines()) <= 4 and not (tmp_path / f"out{jobs}").exists()
 
 
 def test_list_and_trace_commands(toy, tmp_path):
-    assert "lazy-eviction" in kvsim("list", "policies", cwd=tmp_path, check=0).stdout
+    listed = kvsim("list", "policies", cwd=tmp_path, check=0).stdout
+    assert all(
+        word in listed for word in ("lazy-eviction", "read in the published code", "--vectors", "list policies h2o")
+    )
+    (tmp_path / "own.py").write_text(
+        "from kvsim import policy\n\n@policy('own')\nclass Own:\n    'Mine.'\n"
+        "    def score(self, view):\n        return 0\n"
+    )
+    assert "own.py: online; lossy" in kvsim("list", "policies", "own.py", cwd=tmp_path, check=0).stdout
     assert "spill" in kvsim("list", "offload", cwd=tmp_path, check=0).stdout
     assert "h100-pcie5" in kvsim("list", "hardware", cwd=tmp_path, check=0).stdout
     assert "toy" in kvsim("trace", "info", toy, cwd=tmp_path, check=0).stdout
@@ -228,11 +238,25 @@ def test_plot_draws_a_timeline_and_lanes(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "sweep", "plot", "list", "check", "capture", "trace info", "trace check", "trace export"]
-)
-def test_help_has_an_example(command, tmp_path):
+    "command",
+    [
+        "run", "sweep", "plot", "list", "check", "curve", "capture", "calibrate", "perform", "validate",
+        "trace info", "trace check", "trace quantise", "trace export",
+    ],
+)  # fmt: skip
+def test_help_has_an_example_that_a_shell_can_read(command, tmp_path):
     done = kvsim(*command.split(), "--help", cwd=tmp_path, check=0)
-    assert re.search(rf"Example:\s+kvsim {command}", done.stdout)
+    example = re.search(rf"Example:\s+(kvsim {command}.*?)\n\n", done.stdout, re.DOTALL)
+    subprocess.run(["sh", "-n", "-c", " ".join(example[1].split())], check=True)
+
+
+def test_help_names_what_is_left_out(tmp_path):
+    said = " ".join(kvsim("run", "--help", cwd=tmp_path, check=0).stdout.split())
+    config = RunConfig()
+    for key in ("policy", "budget", "demand", "use", "hardware", "gpu_format", "overlap", "concurrency", "seed"):
+        text = re.search(rf" --{key.replace('_', '-')} <.*?>(.*?) --", said)[1]
+        assert re.search(rf"(?<!\w){getattr(config, key)}\b|(?<!\w){getattr(config, key)} of", text), key
+        assert "if left out" in text, key
 
 
 def test_light_imports(tmp_path):

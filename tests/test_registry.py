@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
 import warnings
 from dataclasses import fields
@@ -12,6 +14,7 @@ import pytest
 from kvsim import registry
 from kvsim.errors import PolicyError
 from kvsim.registry import Spec, build, find, parse_spec
+from kvsim.simulate import run
 
 SOURCE = """
 from kvsim.registry import offload, policy
@@ -182,6 +185,59 @@ def test_an_edited_file_is_read_again(tmp_path):
     old = build(str(path))
     write(path, SOURCE, name="mine", size=5)
     assert (build(str(path)).size, old.size) == (5, 3)
+
+
+def test_an_edit_of_the_same_length_in_the_same_second_is_seen(tmp_path, monkeypatch):
+    """Which bytecode files do not tell apart."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for size in (3, 5, 3):
+        path = write(tmp_path / "mine.py", SOURCE, name="mine", size=size)
+        os.utime(path, (10**9, 10**9))
+        assert build(str(path)).size == size
+
+
+@pytest.mark.parametrize("spec", ["{}", "whitelist(inner='{}')", "offload"])
+def test_a_run_is_of_the_text_that_it_began_with(trace, tmp_path, spec):
+    """Edited after its first request, of three; the next run sees it."""
+    victims = "from kvsim import offload\n\n@offload('own')\nclass Own:\n    def place(self, view, victims):\n"
+    scores = "from kvsim import policy\n\n@policy('own')\nclass Own:\n    size: int = 1\n    def score(self, view):\n"
+    text, old, new = (victims, 1, 2) if spec == "offload" else (scores, "view.key", "-view.key")
+    path = write(tmp_path / "own.py", text + f"        return {old}\n")
+    keys = {"budget": "30%", "page_size": 1, "regime": "offload"}
+    keys |= {"offload": str(path)} if spec == "offload" else {"policy": spec.format(path)}
+    calm, seen = run(trace, **keys), []
+
+    def edit(done, total):
+        seen.append(done)
+        write(path, text.replace("size: int = 1", "size: int = 2") + f"        return {new}\n")
+
+    edited, after = run(trace, **keys, progress=edit), run(trace, **keys)
+    assert seen[0] < 20 < seen[-1]
+    assert edited.id == calm.id != after.id and repr(edited.manifest) == repr(calm.manifest)
+    assert edited.steps.equals(calm.steps) and not after.steps.equals(calm.steps)
+
+
+def test_a_reading_is_of_the_texts_that_it_began_with(tmp_path, monkeypatch):
+    path = write(tmp_path / "mine.py", SOURCE, name="mine", size=3)
+    outer, text = f"whitelist(inner='{path}')", path.read_bytes()
+    texts = {}
+    with registry.reading(texts):
+        first = build(str(path))
+    hashed = registry.source_hash(first)
+    write(path, SOURCE, name="mine", size=5)
+    assert build(str(path)).size == build(outer).policy.size == 5
+    with registry.reading(texts):
+        monkeypatch.chdir(tmp_path)
+        assert [build(spec).size for spec in (str(path), f"{path}:Mine", "mine.py")] == [3, 3, 3]
+        assert build(outer).policy.size == 3
+        with registry.reading({}):
+            assert build(str(path)).size == 5
+        assert registry.source_hash(build(str(path))) == hashed == registry.source_hash(first)
+        path.unlink()
+        assert build(str(path)).size == 3
+    assert texts == {path.resolve(): text}
+    with pytest.raises(PolicyError, match="no file"):
+        build(str(path))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.app import Out, TraceArg, app, open_named
+from kvsim.cli.app import TraceArg, app, open_named
 from kvsim.cli.screen import Wait, screen, table
 from kvsim.errors import ConfigError
 
@@ -21,30 +21,51 @@ _FEW = 15  # budgets that are printed; of more, a grid
 def curve(
     trace: TraceArg,
     policy: Annotated[
-        list[str] | None, typer.Option(help="A policy, a file.py, or either with parameters (repeatable).")
+        list[str] | None,
+        typer.Option(help="A policy, a file.py, or either with parameters (repeatable); h2o if left out."),
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="10%,20%,512,... or all (page counts); every whole percent if left out.")
+        str | None,
+        typer.Option(
+            help="A list such as 10%,512,4GiB (pages per lane, bytes per request), or all: every number of pages; "
+            "every whole percent if left out."
+        ),
     ] = None,
     rows: Annotated[
         str | None, typer.Option(help="full: policies see full rows in the lossy regime too, a variant of them.")
     ] = None,
-    regime: Annotated[str | None, typer.Option(help="lossy, or offload: evicted pages move one tier down.")] = None,
-    demand: Annotated[str | None, typer.Option(help="Offload: dense, theta, theta(0.01) or topk(64).")] = None,
-    use: Annotated[
-        str | None, typer.Option(help="A page is used from this share of an equal weight, or weight(1e-4).")
+    regime: Annotated[
+        str | None,
+        typer.Option(
+            help="lossy: evicted pages are gone. offload: they move one tier down. If left out lossy, or what --demand "
+            "asks for."
+        ),
     ] = None,
-    page_size: Annotated[int | None, typer.Option(help="Tokens per page; 1 in lossy, 16 in offload.")] = None,
-    granularity: Annotated[str | None, typer.Option(help="One decision per head, layer or token.")] = None,
-    request: Annotated[list[int] | None, typer.Option(help="Only these requests (repeatable).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of random policies.")] = None,
+    demand: Annotated[
+        str | None,
+        typer.Option(help="Offload, what a step needs: dense (if left out), theta, theta(0.01), topk(64) or select."),
+    ] = None,
+    use: Annotated[
+        str | None,
+        typer.Option(help="A page is used from this share of an equal weight (1.0 if left out), or weight(1e-4)."),
+    ] = None,
+    page_size: Annotated[
+        int | None, typer.Option(help="Tokens per page; if left out 1 in the lossy regime, 16 in the offload regime.")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="One decision per head, layer or token; if left out what the policy says.")
+    ] = None,
+    request: Annotated[list[int] | None, typer.Option(help="Only these requests, by number (repeatable).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random policies; 0 if left out.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as in a run.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into a .png, .svg or .pdf file.")] = None,
-    output: Out = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .csv, .json or .parquet file for the numbers.")
+    ] = None,
 ) -> None:
     """Recall (lossy) or hit rate (offload) at every budget, from one replay wherever that is exact.
 
-    Example: kvsim curve demo --policy lru --policy h2o(recent=32) --rows full --plot curve.svg -o curve.csv
+    Example: kvsim curve demo --policy lru --policy 'h2o(recent=32)' --rows full --plot curve.svg -o curve.csv
     """
     from kvsim.config import parse_settings, run_config
     from kvsim.curves import Curves, check_name, rehearse

@@ -20,38 +20,63 @@ if TYPE_CHECKING:
 def run(
     trace: Annotated[str | None, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo".')] = None,
     policy: Annotated[
-        str | None, typer.Option(help="A policy, a file.py, or either with parameters: 'h2o(recent=64)'.")
+        str | None,
+        typer.Option(help="A policy, a file.py, or either with parameters: 'h2o(recent=64)'; h2o if left out."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="20% of the final length, 512 pages per lane, or 4GiB for each request.")
+        str | None,
+        typer.Option(help="20% of each request's final length (if left out), 512 pages per lane, or 4GiB per request."),
     ] = None,
     regime: Annotated[
-        str | None, typer.Option(help="lossy: evicted pages are gone. offload: they move one tier down.")
+        str | None,
+        typer.Option(
+            help="lossy: evicted pages are gone. offload: they move one tier down. If left out lossy, or what "
+            "--offload and --demand ask for."
+        ),
     ] = None,
-    offload: Annotated[str | None, typer.Option(help="Where victims go: drop, spill, or your own.")] = None,
-    demand: Annotated[str | None, typer.Option(help="Offload: dense, theta, theta(0.01), topk(64) or select.")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="Where victims go: drop (lossy), spill (offload), or a file.py of your own.")
+    ] = None,
+    demand: Annotated[
+        str | None,
+        typer.Option(help="Offload, what a step needs: dense (if left out), theta, theta(0.01), topk(64) or select."),
+    ] = None,
     use: Annotated[
-        str | None, typer.Option(help="A page is used from this share of an equal weight, or weight(1e-4).")
+        str | None,
+        typer.Option(help="A page is used from this share of an equal weight (1.0 if left out), or weight(1e-4)."),
     ] = None,
-    page_size: Annotated[int | None, typer.Option(help="Tokens per page; 1 in lossy, 16 in offload.")] = None,
-    granularity: Annotated[str | None, typer.Option(help="One decision per head, layer or token.")] = None,
+    page_size: Annotated[
+        int | None, typer.Option(help="Tokens per page; if left out 1 in the lossy regime, 16 in the offload regime.")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="One decision per head, layer or token; if left out what the policy says.")
+    ] = None,
     hardware: Annotated[
-        str | None, typer.Option(help="A shipped machine or a TOML file; see `kvsim list hardware`.")
+        str | None,
+        typer.Option(help="A name of `kvsim list hardware` or a TOML file; h100-pcie5 if left out."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Time it as this model: a name or a Hugging Face config.json.")
+        str | None,
+        typer.Option(help="Time it as this model: llama-3.1-8b, say, or a Hugging Face config.json."),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Host memory for pages, such as 64GiB.")] = None,
-    ssd: Annotated[str | None, typer.Option(help="SSD space for pages, such as 1TB.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory for the pages of all requests, such as 64GiB.")] = None,
+    ssd: Annotated[str | None, typer.Option(help="SSD space for the pages of all requests, such as 1TB.")] = None,
     gpu_format: Annotated[
-        str | None, typer.Option(help="How the GPU stores pages: fp16, int4(group=64), 'kivi(bits=2)', rotatekv.")
+        str | None,
+        typer.Option(
+            help="How the GPU stores pages: fp16 (if left out), 'int4(group=64)', 'kivi(bits=2)' or rotatekv."
+        ),
     ] = None,
     host_format: Annotated[str | None, typer.Option(help="The same of host memory.")] = None,
     ssd_format: Annotated[str | None, typer.Option(help="The same of the SSD.")] = None,
-    overlap: Annotated[str | None, typer.Option(help="Copies beside compute: layer, step or none.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests replayed together on one GPU.")] = None,
-    request: Annotated[list[int] | None, typer.Option(help="Only these requests (repeatable).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of random policies.")] = None,
+    overlap: Annotated[
+        str | None, typer.Option(help="Copies beside compute: layer (if left out), step or none.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests replayed together on one GPU; 1 if left out.")
+    ] = None,
+    request: Annotated[list[int] | None, typer.Option(help="Only these requests, by number (repeatable).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random policies; 0 if left out.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with the same keys; flags win.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE, also hardware.link.h2d.bandwidth=50GB/s.")
@@ -60,10 +85,12 @@ def run(
         bool, typer.Option(help="Also replay LRU, random and the oracles, and give a verdict.")
     ] = True,
     export_plan: Annotated[
-        Path | None, typer.Option(help="Also write which pages move when, as a Parquet file that can be performed.")
+        Path | None, typer.Option(help="Also write which pages move when, as a Parquet file for `kvsim perform`.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
-    output: Out = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the result; runs/ID if left out.")
+    ] = None,
 ) -> None:
     """Replay a trace against one policy on one machine.
 
@@ -153,14 +180,22 @@ def _beside(comparison: Comparison) -> Any:
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A run's TOML with a [sweep] table of axes.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run's TOML with a [sweep] table of axes.")],
     jobs: Annotated[int, typer.Option(help="Worker processes.")] = 1,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, also sweep.policy=[...].")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help='KEY=VALUE, also \'sweep.policy=["lru", "h2o"]\'.')
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="List the points and stop.")] = False,
-    plots: Annotated[bool, typer.Option(help="Draw the figures that [plot] asks for.")] = True,
-    output: Out = None,
+    plots: Annotated[bool, typer.Option(help="Draw the figures that [[plot]] tables ask for.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the results; runs/NAME if left out.")
+    ] = None,
 ) -> None:
-    """Run every point of a TOML's axes; points that are there already are not run again.
+    """Run every point of a TOML's axes. Points that are there already are not run again.
+
+    The file holds what all points share, keys of `kvsim run` such as trace = "demo", and below [sweep] a list for each
+    key that varies, such as policy = ["h2o", "lru"]. Every policy is asked for its first step before the first point is
+    run.
 
     Example: kvsim sweep experiments/demo.toml --jobs 2 -o runs/demo
     """
@@ -238,6 +273,8 @@ def list_(
         return
     head, lines = rows[what]()
     screen().print(table([(name, "left") for name in head], lines))
+    if what == "policies":
+        _legend()
 
 
 def _policies() -> tuple[list[str], list[list[str]]]:
@@ -250,11 +287,27 @@ def _policies() -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def _legend() -> None:
+    from kvsim.catalogue import EVIDENCE
+
+    lines = (
+        "",
+        "kind: an oracle knows the future; once: decides after the prompt alone; a read set holds all and reads a part",
+        "needs: what a trace has to hold beside attention rows; k, q and v: captured with --vectors",
+        "evidence: " + "; ".join(f"{word}: {meaning}" for word, meaning in EVIDENCE.items()),
+        "parameters: as in 'h2o(recent=64)'; `kvsim list policies h2o` says what they mean; all also take sink and "
+        "recent (the first and the newest tokens, which stay), protect_head and protect_tail (shares of the budget)",
+    )
+    for line in lines:
+        screen().print(line, style="dim", highlight=False, soft_wrap=True)
+
+
 def _policy(name: str) -> None:
     from kvsim.catalogue import EVIDENCE, entry
 
     e = entry(name)
-    typer.echo(f"{e.name}: {e.family}, {e.kind}; {' and '.join(e.regimes)}; one decision per {e.decides}")
+    kind = ", ".join(dict.fromkeys(filter(None, (e.family, e.kind))))
+    typer.echo(f"{e.name}: {kind}; {' and '.join(e.regimes)}; one decision per {e.decides}")
     typer.echo(f"evidence: {e.evidence}, {EVIDENCE[e.evidence]}")
     typer.echo(f"needs: {', '.join(e.needs) or 'attention rows only'}")
     typer.echo("parameters: " + ", ".join(f"{k}={v!r}" for k, v in e.parameters.items()))
