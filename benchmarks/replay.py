@@ -4,7 +4,8 @@
 
 Rows are decoded beforehand and held in memory; the time is `Cache.access` alone, the policy included. Beside it
 stands one pass over the memory that a step cannot avoid (the row's sums, then key, weight and score columns of
-every resident page), timed in turns with the steps, so that the ratio says what is left to gain on any machine. "best"
+every resident page), timed in turns with the steps, so that the ratio says what is left to gain on any machine. The
+pass takes the row of the step before last: like the step's own it was read two steps ago, and is as far away. "best"
 is the mean over the steps of the fastest of the repeats: a machine that others use slows some of them.
 """
 
@@ -62,16 +63,19 @@ def measure(spec: str, steps: int) -> tuple[list[float], list[float]]:
     cache = Cache((LAYERS, HEADS), VISIBLE, policy, Capacity(BUDGET))
     cache.fusing = True  # as in a run that is long enough
     slots, step_ns, pass_ns, out = LAYERS * HEADS * BUDGET, [], [], np.empty(LAYERS * HEADS, np.float32)
+    rows: list[np.ndarray] = []
+    columns = np.empty((2, 0, 0), np.float32)
     warm = max(3, policy.lag)  # compiled, and the prompt is cut
     for a in accesses(warm + -(-steps // policy.lag) * policy.lag):  # each of a lagged policy's steps equally often
         begin = time.perf_counter_ns()
         cache.access(a)
         middle = time.perf_counter_ns()
         t = cache.table
-        scratch = t.weights.copy(), t.mass.copy()
-        flat = a.row.reshape(LAYERS * HEADS, -1)
+        if columns.shape[1:] != t.key.shape:
+            columns = np.zeros((2, *t.key.shape), np.float32)
+        rows = [*rows[-2:], a.row.reshape(LAYERS * HEADS, -1)]
         again = time.perf_counter_ns()
-        memory_pass(flat, a.keys, t.key, *scratch, out)
+        memory_pass(rows[0], a.keys, t.key, *columns, out)
         end = time.perf_counter_ns()
         if a.step > warm:
             step_ns.append((middle - begin) / slots)

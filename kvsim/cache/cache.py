@@ -18,7 +18,7 @@ from kvsim.cache import fused, hooks, kernels, sized
 from kvsim.cache.demand import FAIR_SHARE, Use
 from kvsim.cache.lanes import Lanes
 from kvsim.cache.outcome import Outcome
-from kvsim.cache.table import GPU, Table
+from kvsim.cache.table import COLUMNS, GPU, Table
 from kvsim.cache.tiers import Capacity, Tiers
 from kvsim.cache.view import Facts, locked, pages
 from kvsim.errors import ConfigError
@@ -68,12 +68,15 @@ class Cache(Lanes):
         self.by_selection = demand is None and not self.lossy
         self.reads_resident = not self.by_selection and self.predicate.kind in ("share", "weight", "all")
         self.evicts = callable(getattr(policy, "score", None)) and not (self.lossy and self.selects)
+        self.splits = callable(getattr(policy, "split", None))
         self.auditing = audit
         self._check(capacity)
         self.tiers = None if self.lossy else Tiers(self, offload, capacity, record)
         self._hit = np.empty(self.rows, np.float32)
         self._used, self._found = np.empty(self.rows, np.int64), np.empty(self.rows, np.int64)
         self._renormalise = self.lossy and policy.rows == "visible"
+        self._one = np.ones(self.lanes, np.int64)
+        self.places: tuple | None = None  # where the pass over the pages counts them by place (`kvsim.cache.stack`)
         self._cut = False  # has the budget been enforced yet?
         self.seen = self.table.key  # keys that attention may see in this step, [lanes, slots]; -1 elsewhere
         self.watch: Callable[[Access, np.ndarray], None] | None = None
@@ -103,24 +106,58 @@ class Cache(Lanes):
         self.view.now, self.view.keys, self.view.tokens, self.view.vectors = a.step, a.keys, a.tokens, a.vectors
         limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
         out = Outcome.blank(self.rows, self.shape[0])
-        self._enter(a)
-        self.seen = seen = self._read_set()
-        read = self._demand(row, peak, seen, limits, a.keys, out) if self.tiers else None
-        if self.watch:
-            self.watch(a, seen >= 0 if read is None else read)
-        out.held = np.full(self.lanes, a.keys) if a.prefill else self.resident()
-        self._touch(a, row, peak, seen, limits, out)
+        if self.fused and self.fused.step and self.lossy and not (a.prefill or self.selects or self.watch):
+            self._pass(self.fused, self.fused.step, a, row, peak, limits, out)
+        else:
+            self._enter(a)
+            self.seen = seen = self._read_set()
+            read = self._demand(row, peak, seen, limits, a.keys, out) if self.tiers else None
+            if self.watch:
+                self.watch(a, seen >= 0 if read is None else read)
+            out.held = np.full(self.lanes, a.keys) if a.prefill else self.resident()
+            self._touch(a, row, peak, limits, out)
+            if self.lossy:
+                out.read = self.sum_layers(self.table.filled()) if seen is self.table.key else self.by_layer(seen >= 0)
+            self.observe()
+            self._settle(a, out)
         if self.lossy:
-            out.hit[:], out.attended[:], out.used[:] = self._hit, self._hit, self._used
-            out.found[:] = self._used if a.prefill else self._found
-            out.read[:] = self.sum_layers(self.table.filled()) if seen is self.table.key else self.by_layer(seen >= 0)
-        self.observe()
-        self._settle(a, out)
+            out.attended = out.hit
         self.view.prompt = None
         out.resident = self.resident()
         if self.auditing:
             self.audit(a)
         return out
+
+    def _pass(
+        self, compiled: fused.Fused, step: Callable[..., None], a: Access, row, peak, limits, out: Outcome
+    ) -> None:
+        """A decode step of the lossy regime in one compiled pass over the pages; what is not compiled comes after."""
+        new_key, (head, tail) = -1, self.protected()
+        if compiled.inserts and a.fresh == 1 and not a.first.any():
+            self.grow()
+            new_key = a.keys - 1
+        else:
+            self._enter(a)
+        self.seen = self.table.key
+        due = compiled.chooses and self.evicts and self.sizes is None and not self.splits and self._due(a)
+        pinned = a.keys - 1 if a.tokens % self.page_size else -1
+        out.held, counts = np.empty((2, self.lanes), np.int64)
+        self.each(
+            step, *self.table.lines, new_key, due, self.budget, self._batch(a, head, tail), head,
+            a.keys - tail, pinned, out.held, counts, *self._touching(a, row, peak, limits, out),
+            *compiled.arguments(self.table, self.view),
+        )  # fmt: skip
+        out.read = self.sum_layers(out.held)
+        compiled.ask(self.view, "observe")
+        if not due:
+            self._settle(a, out)
+            return
+        self._cut = True
+        self.check(a, counts)
+        out.dropped = int(counts.sum())
+        if out.dropped:
+            compiled.ask(self.view, "score")
+            self.shrink()
 
     def _enter(self, a: Access) -> None:
         """New pages get their lines; pages that a sliding window has left behind lose theirs."""
@@ -171,18 +208,25 @@ class Cache(Lanes):
         self.tiers.demand(missing, read, keys, out)
         return read
 
-    def _touch(self, a: Access, row, peak, seen, limits, out: Outcome) -> None:
-        t = self.table
+    def _touch(self, a: Access, row, peak, limits, out: Outcome) -> None:
         if a.prefill:
-            kernels.row_totals(row, peak, a.keys, *limits, out.total, self._used)
+            kernels.row_totals(row, peak, a.keys, *limits, self.page_size, out.total, self._used)
             self._warm_start(a)
+            if self.lossy:
+                out.used[:] = out.found[:] = self._used
+                out.hit[:] = row[:, : a.keys].sum(1)
         else:
-            missing = a.keys * self.page_size - a.tokens
-            self.each(
-                kernels.touch, row, peak, a.keys, seen, t.weights, t.mass, t.last, t.uses, a.step,
-                self._renormalise, self.predicate.value, self.predicate.absolute, self.page_size, missing, *limits,
-                out.total, self._used, self._hit, self._found,
-            )  # fmt: skip
+            self.each(kernels.touch, self.seen, *self._touching(a, row, peak, limits, out))
+
+    def _touching(self, a: Access, row, peak, limits, out: Outcome) -> tuple:
+        """What `kernels.touch` asks for, beside the keys; in the offload regime `find` has counted already."""
+        t, kept = self.table, self.fused.kept if self.fused and self.lossy else COLUMNS
+        found = (out.used, out.hit, out.found) if self.lossy else (self._used, self._hit, self._found)
+        return (
+            row, peak, a.keys, *(getattr(t, n) if n in kept else None for n in ("weights", "mass", "last", "uses")),
+            a.step, self._renormalise, self.predicate.value, self.predicate.absolute, self.page_size,
+            a.keys * self.page_size - a.tokens, *limits, out.total, *found, self.places,
+        )  # fmt: skip
 
     def _warm_start(self, a: Access) -> None:
         """Prompt rows count: mass is the column sum, uses the stored rows that used the page."""
@@ -199,7 +243,6 @@ class Cache(Lanes):
         t.uses[:, :n] = uses.reshape(self.lanes, -1, n).max(1)
         t.mass[:, :n] = prompt.colsum.reshape(self.lanes, n)
         t.weights[:, :n] = prompt.rows[-1].reshape(self.lanes, n)
-        self._hit[:] = a.row.reshape(self.rows, -1)[:, :n].sum(1)
 
     def _pool(self, p: Prompt) -> Prompt:
         """Prompt statistics in the lanes of the policy, read-only: the mean over the rows that share a decision."""
@@ -254,10 +297,8 @@ class Cache(Lanes):
             return
         head, tail = self.protected()
         excess = np.maximum(over, 0)
-        if self.policy.batch > 1 and self.sizes is None:
-            held = head + np.maximum(tail, a.tokens % self.page_size > 0)  # with the page that is being filled
-            batch = np.minimum(self.policy.batch, self.budget + 1 - held)  # only the excess takes protected pages
-            excess = np.where(over > 0, np.maximum(over, batch), 0)
+        if self.sizes is None:
+            excess = np.where(over > 0, np.maximum(over, self._batch(a, head, tail)), 0)
         chosen, counts = self.choose(a, GPU if self.tiers else 0, excess, head, tail)
         if self.tiers:
             self.tiers.place(self.mask(chosen, counts), out)
@@ -266,8 +307,15 @@ class Cache(Lanes):
             self.table.release(chosen, counts)
             self.shrink()
 
+    def _batch(self, a: Access, head, tail) -> np.ndarray:
+        """Pages that leave together, by lane, where any has to."""
+        if self.policy.batch == 1:
+            return self._one
+        held = head + np.maximum(tail, a.tokens % self.page_size > 0)  # with the page that is being filled
+        return np.minimum(self.policy.batch, self.budget + 1 - held)  # only the excess takes protected pages
+
     def _split(self) -> None:
-        if callable(getattr(self.policy, "split", None)):
+        if self.splits:
             wanted = self.broadcast(self.call("split", self.view), "budgets", np.int64, slots=1)
             self.budget[:] = np.clip(wanted[:, 0], 1, self.total)
             self._protected = None

@@ -1,5 +1,8 @@
 """A policy's own text, compiled: `observe` and `score` where what they say of a page needs that page alone.
 
+Where they do, they join the pass over memory that looks up the weights (`kernels.touch_lane`), lane by lane. Whatever
+is compiled, columns that no hook's text mentions are not kept up to date.
+
 A policy is NumPy text over whole columns. Where it is elementwise (arithmetic, comparisons, `np.where`, casts over
 columns, scalars of the view and the policy's parameters), the same text is one loop over the slots, which needs no
 array in between and no second pass for the victims. Nothing has to be declared: what is not elementwise, or could
@@ -19,8 +22,8 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -45,39 +48,61 @@ _CHOICES = {
     np.minimum: "({a} if {a} <= {b} or {a} != {a} else {b})",
 }
 
+_HOOKS = ("observe", "score", "select", "split")  # what a cache may ask in a decode step of the lossy regime
+_TOUCH = ", ".join(f"its_{n}" for n in list(inspect.signature(kernels.touch_lane.py_func).parameters)[3:])
+
 _HEAD = '''"""Written by kvsim.cache.fused from {policy}."""
 import numpy as np
 from numba import njit
-from kvsim.cache.kernels import lowest
+from kvsim.cache.kernels import lowest, release_lane, take_line, touch_lane
 _JIT = {{"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}}
 '''
-_OBSERVE = """
+_LOOP = """
 
 @njit(**_JIT)
-def _observe({arrays}, {scalars}):
+def _{hook}({out}{arguments}):
     for s in range(key.shape[0]):
 {body}
 
 @njit(**_JIT)
-def observe(begin, end, {arrays}, {scalars}):
+def {hook}s(begin, end, {out}{every}):
     for t in range(begin, end):
-        _observe({lanes}, {scalars})
+        _{hook}({out_lane}{lane})
 """
 _VICTIMS = """
 
 @njit(**_JIT)
-def _score(score, {arrays}, {scalars}):
-    for s in range(key.shape[0]):
-{body}
-
-@njit(**_JIT)
-def victims(begin, end, copies, bit, excess, head, tail, pinned, out, counts, {arrays}, {scalars}):
+def victims(begin, end, copies, bit, excess, head, tail, pinned, out, counts, {every}):
     order, score = np.empty(key.shape[1], np.int32), np.empty(key.shape[1], np.float32)
     for t in range(begin, end):
         counts[t] = 0
         if excess[t] > 0:
             {score}
             counts[t] = lowest(score, key[t], copies[t], bit, head[t], tail[t], pinned, excess[t], order, out[t])
+"""
+_STEP = """
+
+@njit(**_JIT)
+def step(
+    begin, end, columns, copies, free, free_count, new_key, due, budget, batch, head, tail, pinned, held, counts,
+    {touch}, {every},
+):
+    slots = key.shape[1]
+    scratch = np.empty((5, max(64, slots)), np.float32)
+    order, out, score = np.empty(slots, np.int32), np.empty(slots, np.int32), np.empty(slots, np.float32)
+    for t in range(begin, end):
+        if new_key >= 0:
+            s = take_line(t, key, copies, free, free_count, new_key)
+            {start}
+        held[t] = slots - free_count[t]
+        touch_lane(t, scratch, key, {touch})
+        {observe}
+        counts[t] = 0
+        if due and held[t] > budget[t]:
+            want = max(held[t] - budget[t], batch[t])
+            {score}
+            counts[t] = lowest(score, key[t], copies[t], 0, head[t], tail[t], pinned, want, order, out)
+            release_lane(t, key, copies, free, free_count, out, counts[t])
 """
 
 
@@ -102,12 +127,38 @@ class _Term(NamedTuple):
 
 def translate(policy: Any, hook: str) -> Loop:
     """The loop of `score` or `observe`, in a decode step. Raises Refused for a text that has to stay NumPy's."""
+    function = _method(policy, hook)
+    if inspect.signature(function).parameters.keys() != {"self", "view"}:
+        raise Refused(f"{hook} is not a function of self and view alone")
+    return _Translator(policy, function.__globals__, hook).run(_text(function))
+
+
+def columns_read(policy: Any) -> frozenset[str]:
+    """The table's columns that the text of the policy's hooks mentions; all, where a hook hands its view on."""
+    found: set[str] = set()
+    for hook in filter(partial(hasattr, policy), _HOOKS):
+        try:
+            tree = _text(_method(policy, hook))
+        except Refused:
+            return frozenset(_COLUMNS)
+        views = {argument.arg for argument in tree.args.args[1:]}
+        alone = {id(n) for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in views}
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Attribute, ast.Subscript)) and id(node.value) in alone:
+                alone.remove(id(node.value))
+                found.add(node.attr if isinstance(node, ast.Attribute) else "")
+        if alone or any(name.startswith("_") for name in found):
+            return frozenset(_COLUMNS)
+    return frozenset(found & _COLUMNS.keys())
+
+
+def _method(policy: Any, hook: str) -> FunctionType:
     function: Any = inspect.getattr_static(policy, hook, None)
     if function is None or not inspect.isfunction(function) or hook in vars(policy):
         raise Refused(f"{hook} is not a plain method")
-    if function.__closure__ or inspect.signature(function).parameters.keys() != {"self", "view"}:
-        raise Refused(f"{hook} is not a function of self and view alone")
-    return _Translator(policy, function.__globals__, hook).run(_text(function))
+    if function.__closure__:
+        raise Refused(f"{hook} is made in a function")
+    return function
 
 
 @cache
@@ -396,21 +447,31 @@ def _everything(node: ast.Subscript) -> bool:
 
 
 class Fused:
-    """The compiled hooks of one policy: `observe` and `victims`, None where the text stays NumPy's."""
+    """What is compiled of one policy: loops over lanes, None where the text stays NumPy's.
+
+    `observes`, `scores`, `victims` (scores and chooses), and `step`, all that happens between two steps of the lossy
+    regime: the new page, where `inserts` (all private columns are known to it), the touch, `observe`, and who leaves,
+    where `chooses`. `kept`: columns that its hooks read.
+    """
 
     def __init__(self, policy: Any, loops: Mapping[str, Loop], module: ModuleType):
-        self.policy, self.loops = policy, loops
-        self.observe: Callable[..., None] | None = getattr(module, "observe", None)
-        self.victims: Callable[..., None] | None = getattr(module, "victims", None)
+        self.policy, self.loops, self.kept = policy, loops, columns_read(policy)
+        self.columns, self.scalars = _union(loops, 1), _union(loops, 2)
+        names = ("observes", "scores", "victims", "step")
+        self.observes, self.scores, self.victims, self.step = (getattr(module, name, None) for name in names)
+        self.chooses = self.step is not None and "score" in loops
+        self.inserts = self.step is not None and {f"[{name}]" for name in policy.columns} <= {*self.columns}
 
-    def arguments(self, hook: str, table: Any, view: Any) -> list[Any]:
-        """What the loop of `hook` reads, in its order; the view takes note, as if the text had asked."""
-        loop = self.loops[hook]
-        view.asked.update(loop.columns)
-        columns = [table.private[n[1:-1]] if n[0] == "[" else getattr(table, n) for n in loop.columns]
+    def arguments(self, table: Any, view: Any) -> list[Any]:
+        """What every loop reads, in its order."""
+        columns = [table.private[n[1:-1]] if n[0] == "[" else getattr(table, n) for n in self.columns]
         return columns + [
-            getattr(self.policy, n[5:]) if n.startswith("self.") else getattr(view, n) for n in loop.scalars
+            getattr(self.policy, n[5:]) if n.startswith("self.") else getattr(view, n) for n in self.scalars
         ]
+
+    def ask(self, view: Any, hook: str) -> None:
+        """The view takes note, as if the text of `hook` had asked."""
+        view.asked.update(self.loops[hook].columns if hook in self.loops else ())
 
 
 def fuse(policy: Any, work: float) -> Fused | None:
@@ -435,21 +496,43 @@ def fuse(policy: Any, work: float) -> Fused | None:
     return Fused(policy, loops, module)
 
 
+def _union(loops: Mapping[str, Loop], field: int) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for loop in loops.values() for name in loop[field]))
+
+
 def _module(policy: Any, loops: Mapping[str, Loop]) -> str:
     text = _HEAD.format(policy=type(policy).__qualname__)  # of any file: the same text is compiled once
-    for hook, frame in (("observe", _OBSERVE), ("score", _VICTIMS)):
-        if hook in loops:
-            arrays = [n if n[0] != "[" else f"own_{n[1:-1]}" for n in loops[hook].columns]
-            lanes, scalars = ", ".join(f"{n}[t]" for n in arrays), ", ".join(loops[hook].scalars).replace(".", "_")
-            same = re.fullmatch(r"score\[s\] = (\w+)\[s\]", "\n".join(loops[hook].lines))  # a column as it is
-            text += frame.format(
-                arrays=", ".join(arrays),
-                lanes=lanes,
-                scalars=scalars,
-                score=f"score = {same[1]}[t]" if same else f"_score(score, {lanes}, {scalars})",
-                body=textwrap.indent("\n".join(loops[hook].lines) or "pass", " " * 8),
-            )
+    every = _arguments(_union(loops, 1), _union(loops, 2))
+    lane = {hook: _arguments(loop.columns, loop.scalars, "[t]") for hook, loop in loops.items()}
+    for hook, loop in loops.items():
+        text += _LOOP.format(
+            hook=hook,
+            arguments=_arguments(loop.columns, loop.scalars),
+            every=every,
+            lane=lane[hook],
+            out="score, " if hook == "score" else "",
+            out_lane="score[t], " if hook == "score" else "",
+            body=textwrap.indent("\n".join(loop.lines) or "pass", " " * 8),
+        )
+    score = ""
+    if "score" in loops:
+        same = re.fullmatch(r"score\[s\] = (\w+)\[s\]", "\n".join(loops["score"].lines))  # a column as it is
+        score = f"score = {same[1]}[t]" if same else f"_score(score, {lane['score']})"
+        text += _VICTIMS.format(every=every, score=score)
+    if "observe" in loops or not hasattr(policy, "observe"):
+        observe = f"_observe({lane['observe']})" if "observe" in loops else ""
+        read = columns_read(policy)
+        start = [f"columns[{i}, t, s] = {'now' if i < 4 else 0}" for i, n in enumerate(_COLUMNS) if i and n in read]
+        start += [f"own_{n[1:-1]}[t, s] = 0" for n in _union(loops, 1) if n[0] == "["]
+        text += _STEP.format(
+            every=every, touch=_TOUCH, start="\n            ".join(start), observe=observe, score=score
+        )
     return text
+
+
+def _arguments(columns: Iterable[str], scalars: Iterable[str], lane: str = "") -> str:
+    arrays = [f"{n if n[0] != '[' else f'own_{n[1:-1]}'}{lane}" for n in columns]
+    return ", ".join([*arrays, *(n.replace(".", "_") for n in scalars)])
 
 
 @cache
@@ -460,7 +543,7 @@ def _kernels() -> str:
 
 def _compiled(module: ModuleType) -> bool:
     """Are its loops compiled already, in this process or in numba's cache on disk?"""
-    loop = getattr(module, "victims", None) or module.observe
+    loop = getattr(module, "scores", None) or module.observes
     return bool(loop.signatures) or any(Path(loop.stats.cache_path).glob(f"{module.__name__}.*.nbi"))
 
 

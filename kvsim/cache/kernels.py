@@ -20,7 +20,13 @@ _LAST = 2**31 - 1  # above every key and every ordered score
 @njit(**_JIT)
 def _sum(x, strands):
     """Sum of a row in 64 `strands`, side by side: no chain of additions, and the same order on any machine."""
-    n = x.shape[0]
+    return _sum_and_count(x, np.float32(np.inf), strands)[0]
+
+
+@njit(**_JIT)
+def _sum_and_count(x, least, strands):
+    """The sum, as above, and how many are at least `least`."""
+    n, count = x.shape[0], np.int32(0)
     many, whole = n - n % 512, n - n % 64
     strands[:] = 0.0
     for i in range(0, many, 512):
@@ -28,17 +34,21 @@ def _sum(x, strands):
         for j in range(64):
             first = (p[j] + p[j + 64]) + (p[j + 128] + p[j + 192])
             strands[j] += first + ((p[j + 256] + p[j + 320]) + (p[j + 384] + p[j + 448]))
+        for j in range(512):
+            count = np.int32(count + np.int32(p[j] >= least))
     for i in range(many, whole, 64):
         p = x[i : i + 64]
         for j in range(64):
             strands[j] += p[j]
+            count = np.int32(count + np.int32(p[j] >= least))
     p = x[whole:]
     for j in range(p.shape[0]):
         strands[j] += p[j]
+        count = np.int32(count + np.int32(p[j] >= least))
     total = np.float32(0.0)
     for j in range(16):
         total += (strands[j] + strands[j + 16]) + (strands[j + 32] + strands[j + 48])
-    return total
+    return total, count
 
 
 @njit(inline="always")
@@ -48,89 +58,172 @@ def _is_used(peak, key, need, need_key):
 
 
 @njit(**_JIT)
-def _count_used(peak, need, need_key):
-    """How many pages of one row are used."""
-    first = max(0, min(peak.shape[0], need_key))
-    older, newer, count = peak[:first], peak[first:], np.int32(0)
-    for k in range(older.shape[0]):
-        count = np.int32(count + np.int32(older[k] > need))
-    for k in range(newer.shape[0]):
-        count = np.int32(count + np.int32(newer[k] >= need))
-    return count
+def _read(row, peak, keys, need, need_key, page_size, strands):
+    """A row's sum, and how many pages are used."""
+    total, used = _sum_and_count(row[:keys], need, strands)
+    if page_size > 1:
+        used = _sum_and_count(peak[:keys], need, strands)[1]
+    for k in range(min(keys, need_key)):
+        used = np.int32(used - np.int32(peak[k] == need))
+    return total, used
 
 
 @njit(**_JIT)
-def row_totals(row, peak, keys, need, need_key, total, used):
+def row_totals(row, peak, keys, need, need_key, page_size, total, used):
     """Per row lane: the row's sum and how many pages are used."""
     strands = np.empty(64, np.float32)
     for m in range(row.shape[0]):
-        total[m] = _sum(row[m, :keys], strands)
-        used[m] = _count_used(peak[m, :keys], need[m], need_key[m])
+        total[m], used[m] = _read(row[m], peak[m], keys, need[m], need_key[m], page_size, strands)
 
 
-@njit(**_JIT)
-def touch(
-    begin, end, row, peak, keys, key, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing,
-    need, need_key, total, used, hit, found,
+@njit(inline="always")
+def touch_lane(
+    t, scratch, key, row, peak, keys, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing,
+    need, need_key, total, used, hit, found, places,
 ):  # fmt: skip
-    """Lanes `begin` to `end`: sum their rows, look up every page's weight, update mass, last and uses, and count.
+    """What one step does to lane `t` of the table.
 
-    `need`, `need_key` [row_lanes]: the limits of `Use`, from which a page counts as used on the full row; a lane of
-    several rows compares means of peaks and limits. `renormalise`: divide each row by what of it is visible, as the
-    softmax over the surviving pages would; a page is then used when that weight reaches `use` (`absolute`) or `use` /
-    visible tokens. `missing`: tokens the newest page still lacks. Returns per row lane `total` and `used`, as
-    `row_totals` does, the visible mass `hit`, and in `found` the visible pages that are used by the full row.
+    `weights`, `mass`, `last`, `uses`: columns, or None for those that nobody reads. `need`, `need_key` [row_lanes]: the
+    limits of `Use`, from which a page counts as used on the full row; a lane of several rows compares means of peaks
+    and limits. `renormalise`: divide each row by what of it is visible, as the softmax over the surviving pages would;
+    a page is then used when that weight reaches `use` (`absolute`) or `use` / visible tokens. `missing`: tokens
+    the newest page still lacks. Returns per row lane `total` and `used`, as `row_totals` does, the visible mass `hit`,
+    and in `found` the visible pages that are used by the full row. `places`: None, or what `_tally` needs.
 
     Short loops over one lane, of few arrays each: a processor does eight lines at once only where no more than a few
     arrays could overlap, and one lane stays in its nearest cache.
     """
     slots = key.shape[1]
     group = row.shape[0] // key.shape[0]
-    now, strands = np.int32(now), np.empty(64, np.float32)
-    weight, weight_sum = np.empty(slots, np.float32), np.empty(slots, np.float32)
-    top, top_sum = np.empty(slots, np.float32), np.empty(slots, np.float32)
-    for t in range(begin, end):
-        page, least, least_key, factor, pages = key[t], np.float32(0.0), np.int32(0), np.float32(1.0), np.int32(0)
-        for m in range(t * group, (t + 1) * group):
-            total[m] = _sum(row[m, :keys], strands)
-            used[m] = _count_used(peak[m, :keys], need[m], need_key[m])
-            pages, found[m] = _look_up(row[m], page, need[m], need_key[m], weight)
-            hit[m] = _sum(weight, strands)
-            factor = np.float32(1.0) / hit[m] if renormalise and hit[m] > 0 else np.float32(1.0)
-            if page_size > 1:
-                pages, found[m] = _look_up(peak[m], page, need[m], need_key[m], top)
-            if group > 1:
-                _add(weight_sum, weight, factor, m == t * group)
-                if page_size > 1:
-                    _add(top_sum, top, factor, m == t * group)
-            least += need[m]
-            least_key = max(least_key, need_key[m])
-        if group > 1:
-            factor = np.float32(1.0) / np.float32(group)
-            least *= factor
-        if renormalise:
-            tokens = np.float32(max(1, pages * page_size - missing))
-            least = np.float32(use) if absolute else np.float32(use) / tokens
-        _note_weights(weight_sum if group > 1 else weight, factor, weights[t], mass[t])
+    now, strands = np.int32(now), scratch[4, :64]
+    weight, weight_sum, top, top_sum = scratch[0, :slots], scratch[1, :slots], scratch[2, :slots], scratch[3, :slots]
+    page, least, least_key, factor = key[t], np.float32(0.0), np.int32(0), np.float32(1.0)
+    for m in range(t * group, (t + 1) * group):
+        total[m], used[m] = _read(row[m], peak[m], keys, need[m], need_key[m], page_size, strands)
+        hit[m], found[m] = _look_up(row[m], page, need[m], need_key[m], strands, weight)
+        factor = np.float32(1.0) / hit[m] if renormalise and hit[m] > 0 else np.float32(1.0)
         if page_size > 1:
-            tops = top_sum if group > 1 else top
-            for s in range(slots):
-                top[s] = tops[s] * factor
-        _note_uses(top if page_size > 1 else weights[t], page, least, least_key, now, last[t], uses[t])
+            found[m] = _look_up(peak[m], page, need[m], need_key[m], strands, top)[1]
+        if places is not None:
+            _tally(
+                t, row[m], peak[m], keys, page, weight, top if page_size > 1 else weight, need[m], need_key[m], places
+            )
+        if group > 1:
+            _add(weight_sum, weight, factor, m == t * group)
+            if page_size > 1:
+                _add(top_sum, top, factor, m == t * group)
+        least += need[m]
+        least_key = max(least_key, need_key[m])
+    if group > 1:
+        weight, top, factor = weight_sum, top_sum, np.float32(1.0) / np.float32(group)
+        least *= factor
+    _times(weight, factor)
+    if weights is not None:
+        _copy(weights[t], weight)
+    if mass is not None:
+        _accumulate(mass[t], weight)
+    if last is not None or uses is not None:
+        if renormalise:
+            tokens = np.float32(max(1, _filled(page) * page_size - missing))
+            least = np.float32(use) if absolute else np.float32(use) / tokens
+        if page_size > 1:
+            _times(top, factor)
+        peaks, first = top if page_size > 1 else weight, max(np.int32(0), np.int32(least_key))
+        if last is not None:
+            _note_last(peaks, page, least, first, now, last[t])
+        if uses is not None:
+            _note_uses(peaks, page, least, first, uses[t])
 
 
 @njit(**_JIT)
-def _look_up(row, key, need, need_key, found):
-    """What a row says of every page of a lane, 0 on empty lines; how many pages there are, and how many it uses."""
-    pages, used, first = np.int32(0), np.int32(0), max(np.int32(0), np.int32(need_key))
+def touch(
+    begin, end, key, row, peak, keys, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing,
+    need, need_key, total, used, hit, found, places,
+):  # fmt: skip
+    """Lanes `begin` to `end`: sum their rows, look up every page's weight, update the table, and count.
+
+    Arguments as those of `touch_lane`.
+    """
+    scratch = np.empty((5, max(64, key.shape[1])), np.float32)
+    for t in range(begin, end):
+        touch_lane(
+            t, scratch, key, row, peak, keys, weights, mass, last, uses, now, renormalise, use, absolute, page_size,
+            missing, need, need_key, total, used, hit, found, places,
+        )  # fmt: skip
+
+
+@njit(**_JIT)
+def _copy(to, x):
+    for s in range(x.shape[0]):
+        to[s] = x[s]
+
+
+@njit(**_JIT)
+def _accumulate(total, x):
+    for s in range(x.shape[0]):
+        total[s] += x[s]
+
+
+@njit(**_JIT)
+def _times(x, factor):
+    for s in range(x.shape[0]):
+        x[s] *= factor
+
+
+@njit(**_JIT)
+def _note_last(peak, key, least, first, now, last):
+    """When a page was used; the peak of an empty line is 0, and no limit is below that."""
+    for s in range(key.shape[0]):
+        last[s] = now if _is_used(peak[s], key[s], least, first) else last[s]
+
+
+@njit(**_JIT)
+def _note_uses(peak, key, least, first, uses):
+    for s in range(key.shape[0]):
+        uses[s] = np.int32(uses[s] + np.int32(_is_used(peak[s], key[s], least, first)))
+
+
+@njit(**_JIT)
+def _tally(t, row, peak, keys, page, weight, top, need, need_key, places):
+    """Add the weights and the used pages at each place of a stack, which is a slot here (`kvsim.cache.stack`).
+
+    `places`: sums of weights and numbers of pages, [lanes, slots + 1], and the key from which on pages have not entered
+    the stack: they count at place 0.
+    """
+    mass, found, entered = places
+    mass, found, first = mass[t], found[t], max(np.int32(0), np.int32(need_key))
+    for s in range(page.shape[0]):
+        mass[s + 1] += weight[s] if page[s] < entered else np.float32(0.0)
+    for s in range(page.shape[0]):
+        found[s + 1] += (page[s] < entered) & (page[s] >= 0) & _is_used(top[s], page[s], need, first)
+    for s in range(page.shape[0] if entered < keys else 0):
+        if page[s] >= entered:
+            mass[0] += weight[s]
+            found[0] += _is_used(top[s], page[s], need, first)
+
+
+@njit(**_JIT)
+def _look_up(row, key, need, need_key, strands, found):
+    """What a row says of every page of a lane, 0 on empty lines; their sum, and how many of the pages it uses."""
     for s in range(key.shape[0]):
         found[s] = row[max(key[s], np.int32(0))]
     for s in range(key.shape[0]):
-        x = found[s] if key[s] >= 0 else np.float32(0.0)
-        found[s] = x
-        pages = np.int32(pages + np.int32(key[s] >= 0))
-        used = np.int32(used + np.int32(_is_used(x, key[s], need, first)))
-    return pages, used
+        found[s] = found[s] if key[s] >= 0 else np.float32(0.0)
+    total, used = _sum_and_count(found, need, strands)
+    if need == 0 or need_key > 0:  # not the empty lines, nor those that tie but are too old
+        first = max(np.int32(0), np.int32(need_key))
+        for s in range(key.shape[0]):
+            used = np.int32(used - np.int32((found[s] == need) & (key[s] < first)))
+    return total, used
+
+
+@njit(**_JIT)
+def _filled(key):
+    """Lines with a page."""
+    count = np.int32(0)
+    for s in range(key.shape[0]):
+        count = np.int32(count + np.int32(key[s] >= 0))
+    return count
 
 
 @njit(**_JIT)
@@ -140,25 +233,6 @@ def _add(total, x, factor, first):
         total[:] = 0.0
     for s in range(x.shape[0]):
         total[s] += x[s] * factor
-
-
-@njit(**_JIT)
-def _note_weights(weight, factor, weights, mass):
-    """This step's weights into the columns of a lane."""
-    for s in range(weight.shape[0]):
-        x = weight[s] * factor
-        weights[s] = x
-        mass[s] += x
-
-
-@njit(**_JIT)
-def _note_uses(peak, key, least, least_key, now, last, uses):
-    """Which pages of a lane this step used: the peak of an empty line is 0, and no limit is below that."""
-    first = max(np.int32(0), np.int32(least_key))
-    for s in range(key.shape[0]):
-        is_used = _is_used(peak[s], key[s], least, first)
-        last[s] = now if is_used else last[s]
-        uses[s] = np.int32(uses[s] + np.int32(is_used))
 
 
 @njit(**_JIT)
@@ -203,20 +277,25 @@ def find(
 
 
 @njit(**_JIT)
-def insert(key, copies, born, arrived, last, uses, mass, weights, free, free_count, new_key, now, slot_of):
-    """One page of key `new_key` into a free slot of every lane; `slot_of` says which."""
-    for t in range(key.shape[0]):
-        free_count[t] -= 1
-        s = free[t, free_count[t]]
-        key[t, s] = new_key
-        copies[t, s] = 1
-        born[t, s] = now
-        arrived[t, s] = now
-        last[t, s] = now
-        uses[t, s] = 0
-        mass[t, s] = 0.0
-        weights[t, s] = 0.0
-        slot_of[t] = s
+def insert(columns, copies, free, free_count, new_key, now, slot_of):
+    """One page of key `new_key` into a free slot of every lane; `slot_of` says which.
+
+    `columns` [7, lanes, slots]: key, born, arrived, last, then those that start at zero, whatever their type.
+    """
+    for t in range(copies.shape[0]):
+        slot_of[t] = s = take_line(t, columns[0], copies, free, free_count, new_key)
+        for i in range(1, columns.shape[0]):
+            columns[i, t, s] = now if i < 4 else 0
+
+
+@njit(inline="always")
+def take_line(t, key, copies, free, free_count, new_key):
+    """A free slot of one lane, from now on that of `new_key`."""
+    free_count[t] -= 1
+    s = free[t, free_count[t]]
+    copies[t, s] = 1
+    key[t, s] = new_key
+    return s
 
 
 @njit(**_JIT)
@@ -233,12 +312,17 @@ def land(missing, copies, arrived, now):
 def release(key, copies, free, free_count, victims, counts):
     """Drop the chosen slots for good: they become free."""
     for t in range(key.shape[0]):
-        for i in range(counts[t]):
-            s = victims[t, i]
-            key[t, s] = -1
-            copies[t, s] = 0
-            free[t, free_count[t]] = s
-            free_count[t] += 1
+        release_lane(t, key, copies, free, free_count, victims[t], counts[t])
+
+
+@njit(inline="always")
+def release_lane(t, key, copies, free, free_count, victims, count):
+    for i in range(count):
+        s = victims[i]
+        key[t, s] = -1
+        copies[t, s] = 0
+        free[t, free_count[t]] = s
+        free_count[t] += 1
 
 
 @njit(**_JIT)
@@ -279,72 +363,90 @@ def _ordered(x):
 
 
 @njit(**_JIT)
-def _lowest(score, key, low, high, pinned, order):
-    """Slot of the lowest (score, key) among keys from `low` to below `high`, or -1; and whether any score is NaN."""
-    nobody, bad = np.int32(_LAST), np.int32(0)
-    best, oldest, slot = nobody, nobody, nobody
+def _line_up(score, key, low, high, order):
+    """`order`: of the keys from `low` to below `high` as their scores are, `_LAST` for all others. Returns the least of
+    them, and whether any page's score is NaN."""
+    best, bad = np.int32(_LAST), np.int32(0)
     for s in range(key.shape[0]):
-        here = (key[s] >= 0) & (key[s] != pinned)
-        bad = np.int32(bad | np.int32(here & (score[s] != score[s])))
-        order[s] = _ordered(score[s]) if here & (key[s] >= low) & (key[s] < high) else nobody
+        bad = np.int32(bad | np.int32((key[s] >= 0) & (score[s] != score[s])))
+        order[s] = _ordered(score[s]) if (key[s] >= low) & (key[s] < high) else np.int32(_LAST)
         best = min(best, order[s])
-    if bad or best == nobody:
-        return -1, bad > 0
-    for s in range(key.shape[0]):
-        oldest = min(oldest, key[s] if order[s] == best else nobody)
-    for s in range(key.shape[0]):
-        slot = min(slot, np.int32(s) if key[s] == oldest else nobody)
-    return np.int64(slot), False
+    return best, bad > 0
 
 
 @njit(**_JIT)
-def _lowest_many(score, key, low, high, pinned, want, out):
-    """The `want` lowest of one lane, into `out`, those not from `low` to below `high` last: how many, -1 for a NaN."""
-    slots = key.shape[0]
-    rank, where, n = np.empty(slots, np.uint64), np.empty(slots, np.int32), 0
-    for s in range(slots):
-        k, x = key[s], score[s]
-        if k < 0 or k == pinned:
-            continue
-        if x != x:
-            return -1
-        rank[n] = _rank(k < low or k >= high, x, k)
-        where[n] = s
-        n += 1
-    want = min(want, n)
+def _line_up_protected(score, key, low, high, pinned, order):
+    for s in range(key.shape[0]):
+        here = (key[s] >= 0) & (key[s] != pinned) & ((key[s] < low) | (key[s] >= high))
+        order[s] = _ordered(score[s]) if here else np.int32(_LAST)
+
+
+@njit(**_JIT)
+def _first(order, key, best):
+    """The slot of the lowest (oldest) key among those of order `best`; there is one."""
+    oldest = np.int32(_LAST)
+    for s in range(key.shape[0]):
+        oldest = min(oldest, key[s] if order[s] == best else np.int32(_LAST))
+    whole = key.shape[0] - key.shape[0] % 64
+    for begin in range(0, whole, 64):
+        block, found = key[begin : begin + 64], np.int32(0)
+        for j in range(64):
+            found = np.int32(found | np.int32(block[j] == oldest))
+        if found:
+            whole = begin
+            break
+    while key[whole] != oldest:
+        whole += 1
+    return whole
+
+
+@njit(**_JIT)
+def _append_first(order, key, want, out, n):
+    """Up to `want` slots into `out`, which has `n`: those of the lowest (order, key). Returns how many it has then."""
+    want = min(want - n, _count_to(order, _LAST - 1))
     if want == 0:
-        return 0
-    limit = _smallest(rank[:n].copy(), want)
-    count = 0
-    for i in range(n):
-        if rank[i] <= limit:
-            out[count] = where[i]
-            count += 1
+        return n
+    limit, last = _nth(order, want), np.int32(_LAST)
+    ties = want - _count_to(order, limit - 1)
+    if _count_to(order, limit) > want:  # the older ones
+        tied = np.empty(key.shape[0], np.int32)
+        for s in range(key.shape[0]):
+            tied[s] = key[s] if order[s] == limit else np.int32(_LAST)
+        last = np.int32(_nth(tied, ties))
+    for s in range(key.shape[0]):
+        if order[s] < limit or (order[s] == limit and key[s] <= last):
+            out[n] = s
+            n += 1
+    return n
+
+
+@njit(**_JIT)
+def _count_to(x, most):
+    count, most = np.int32(0), np.int32(most)
+    for s in range(x.shape[0]):
+        count = np.int32(count + np.int32(x[s] <= most))
     return count
 
 
 @njit(**_JIT)
-def _smallest(x, nth):
-    """The `nth` smallest, from 1, of distinct numbers, which change places (Hoare's selection)."""
-    low, high = 0, x.shape[0] - 1
-    while low < high:
-        pivot, i, j = x[(low + high) // 2], low, high
-        while i <= j:
-            while x[i] < pivot:
-                i += 1
-            while x[j] > pivot:
-                j -= 1
-            if i <= j:
-                x[i], x[j] = x[j], x[i]
-                i += 1
-                j -= 1
-        if nth - 1 <= j:
-            high = j
-        elif nth - 1 >= i:
-            low = i
+def _nth(x, nth):
+    """A number that `nth` of `x` are not above; where ties leave none, the `nth` smallest. `_LAST` is no number."""
+    least, most = np.int32(_LAST), np.int32(-_LAST - 1)
+    for s in range(x.shape[0]):
+        least = min(least, x[s])
+    for s in range(x.shape[0]):
+        most = max(most, x[s] if x[s] < np.int32(_LAST) else np.int32(-_LAST - 1))
+    low, high = np.int64(least) - 1, np.int64(most)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        count = _count_to(x, middle)
+        if count == nth:
+            return middle
+        if count > nth:
+            high = middle
         else:
-            break
-    return x[nth - 1]
+            low = middle
+    return high
 
 
 @njit(**_JIT)
@@ -359,26 +461,30 @@ def lowest(score, key, copies, bit, low, high, pinned, want, order, out):
             there[s] = key[s] if copies[s] & bit else np.int32(-1)
         key = there
     low, high, pinned = np.int32(max(0, low)), np.int32(high), np.int32(pinned)
-    if want != 1:
-        return _lowest_many(score, key, low, high, pinned, want, out)
-    s, bad = _lowest(score, key, low, high, pinned, order)
-    if s < 0 and not bad:  # only protected pages are left
-        s, bad = _lowest(score, key, np.int32(0), np.int32(_LAST), pinned, order)
-    out[0] = s
-    return -1 if bad else np.int64(s >= 0)
+    best, bad = _line_up(score, key, low, min(high, pinned) if pinned >= 0 else high, order)  # the newest is pinned
+    if bad:
+        return -1
+    if want == 1 and best < np.int32(_LAST):
+        out[0] = _first(order, key, best)
+        return 1
+    count = _append_first(order, key, want, out, 0)
+    if count < want:  # only protected pages are left
+        _line_up_protected(score, key, low, high, pinned, order)
+        count = _append_first(order, key, want, out, count)
+    return count
 
 
 @njit(**_JIT)
-def victims(score, key, copies, bit, excess, head, tail, pinned, out, counts):
-    """Per lane, the `excess[t]` lowest pages among those with a copy in tier `bit` (0: in any).
+def victims(begin, end, score, key, copies, bit, excess, head, tail, pinned, out, counts):
+    """Lanes `begin` to `end`: the `excess[t]` lowest pages among those with a copy in tier `bit` (0: in any).
 
     Order: pages that are not protected first, then by score, then the older (lower) key; so it depends neither on
     slots nor on what was fetched before, and caches of different size agree on it. Protected are keys below
-    `head[t]` and at or above `tail[t]`: they leave last. `pinned` is a key that may not leave at all (-1: none).
+    `head[t]` and at or above `tail[t]`: they leave last. `pinned` is the newest key if it may not leave at all, or -1.
     `counts` says how many there are, -1 where a score is NaN.
     """
     order = np.empty(key.shape[1], np.int32)
-    for t in range(key.shape[0]):
+    for t in range(begin, end):
         counts[t] = 0
         if excess[t] > 0:
             counts[t] = lowest(

@@ -93,12 +93,13 @@ class Lanes:
 
     def observe(self) -> None:
         """The policy looks at what attention did."""
-        if self.fused and self.fused.observe and self.view.now:
+        if self.fused and self.fused.observes and self.view.now:
             begin = time.perf_counter()
-            self.each(self.fused.observe, *self.fused.arguments("observe", self.table, self.view))
+            self.fused.ask(self.view, "observe")
+            self.each(self.fused.observes, *self.fused.arguments(self.table, self.view))
             self.policy_seconds += time.perf_counter() - begin
-        else:
-            self.call("observe", self.view, optional=True)
+        elif hasattr(self.policy, "observe"):
+            self.call("observe", self.view)
             self._protected = None  # a policy may make up its mind about what it protects
 
     # -- choosing victims --------------------------------------------------------------------------------------
@@ -131,20 +132,24 @@ class Lanes:
         out, counts = np.empty((self.lanes, most), np.int32), np.empty(self.lanes, np.int64)
         limits = head, a.keys - tail, pinned, out, counts
         if score is None and self.sizes is None and self.fused and self.fused.victims and a.step:
-            loop = self.fused.arguments("score", t, self.view)
-            self.each(self.fused.victims, t.copies, bit, excess, *limits, *loop)
+            self.fused.ask(self.view, "score")
+            self.each(self.fused.victims, t.copies, bit, excess, *limits, *self.fused.arguments(t, self.view))
         else:
             score = self.score() if score is None else score
             if self.sizes is None:
-                kernels.victims(score, t.key, t.copies, bit, excess, *limits)
+                self.each(kernels.victims, score, t.key, t.copies, bit, excess, *limits)
             else:
                 limit = self.budget if capacity is None else capacity
                 sized.victims(score, t.key, t.copies, bit or GPU, excess, limit, self.sizes, *limits)
+        self.check(a, counts)
+        return out, counts
+
+    def check(self, a: Access, counts: np.ndarray) -> None:
+        """Raises PolicyError where a lane's count of victims says that a score is NaN."""
         if counts.min() < 0:
             lane = tuple(int(i) for i in np.unravel_index(counts.argmin(), self.shape))
             wrong = f"returned NaN at step {a.step}, lane {lane}"
             raise hooks.broken(self.policy, wrong, "score", "every resident page needs a number")
-        return out, counts
 
     # -- between lanes, layers and row lanes --------------------------------------------------------------------
 
@@ -163,8 +168,8 @@ class Lanes:
 
     def per_row(self, per_layer: np.ndarray) -> np.ndarray:
         """A value per layer of the view (or one for all), by row lane."""
-        return np.repeat(per_layer, self.rows // len(per_layer))
+        return per_layer.repeat(self.rows // len(per_layer))
 
     def per_lane(self, first: np.ndarray) -> np.ndarray:
         """First visible key per table lane from the one per layer."""
-        return np.repeat(first, self.shape[1]) if len(first) == self.shape[0] else np.full(self.lanes, first.min())
+        return first.repeat(self.shape[1]) if len(first) == self.shape[0] else np.full(self.lanes, first.min())

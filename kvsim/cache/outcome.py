@@ -54,11 +54,10 @@ class Outcome:
     def blank(cls, rows: int, layers: int) -> Outcome:
         """Nothing found, nothing moved: `rows` row lanes, `layers` layers of the table."""
         none = np.empty(0, np.int64)
-        total, hit, attended = (np.empty(rows, np.float32) for _ in range(3))
-        used, found = (np.empty(rows, np.int64) for _ in range(2))
-        read, rebuilt = (np.zeros(layers, np.int64) for _ in range(2))
-        fetched, runs, ahead, ahead_runs, spilled = (np.zeros((3, layers), np.int64) for _ in range(5))
+        total, hit, attended = np.empty((3, rows), np.float32)
+        used, found = np.empty((2, rows), np.int64)
+        read, rebuilt = np.zeros((2, layers), np.int64)
         return cls(
             total, hit, attended, used, found, none, none, read, rebuilt, np.zeros(layers, bool),
-            fetched, runs, ahead, ahead_runs, spilled,
+            *np.zeros((5, 3, layers), np.int64),
         )  # fmt: skip

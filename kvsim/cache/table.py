@@ -26,20 +26,18 @@ class Table:
 
     def __init__(self, lanes: int, slots: int, private: dict[str, Any]):
         self.lanes, self.slots = lanes, slots
-        shape = (lanes, slots)
-        self.key = np.full(shape, -1, np.int32)
-        self.copies = np.zeros(shape, np.uint8)  # one bit per tier
-        self.born = np.zeros(shape, np.int32)  # step
-        self.arrived = np.zeros(shape, np.int32)  # step, on the GPU
-        self.last = np.zeros(shape, np.int32)  # step of the last use
-        self.uses = np.zeros(shape, np.int32)
-        self.mass = np.zeros(shape, np.float32)  # sum of weights
-        self.weights = np.zeros(shape, np.float32)  # of this step
+        self.columns = np.zeros((7, lanes, slots), np.int32)
+        self.key, self.born, self.arrived = self.columns[:3]  # born, and arrived on the GPU: step
+        self.last, self.uses = self.columns[3:5]  # step of the last use
+        self.mass, self.weights = self.columns[5:].view(np.float32)  # sum of weights; those of this step
+        self.key[:] = -1
+        self.copies = np.zeros((lanes, slots), np.uint8)  # one bit per tier
         self.private = {name: np.zeros((lanes, slots), dtype) for name, dtype in private.items()}
         # a stack of free slots per lane, lowest slot on top: a first filling is in key order
         self.free = np.tile(np.arange(slots - 1, -1, -1, dtype=np.int32), (lanes, 1))
         self.free_count = np.full(lanes, slots, np.int64)
-        self._slot_of = np.empty(lanes, np.int64)
+        self.lines = self.columns, self.copies, self.free, self.free_count  # what it takes to fill a line
+        self._lanes, self._slot_of = np.arange(lanes), np.empty(lanes, np.int64)
 
     def fill(self, keys: int) -> None:
         """The first `keys` pages into slots 0 .. keys-1 of every lane, in an empty table."""
@@ -49,14 +47,9 @@ class Table:
 
     def insert(self, key: int, now: int) -> None:
         """A new page in every lane; its private columns start at zero."""
-        c = self
-        kernels.insert(
-            c.key, c.copies, c.born, c.arrived, c.last, c.uses, c.mass, c.weights, c.free, c.free_count,
-            key, now, c._slot_of,
-        )  # fmt: skip
-        lanes = np.arange(self.lanes)
+        kernels.insert(*self.lines, key, now, self._slot_of)
         for column in self.private.values():
-            column[lanes, self._slot_of] = 0
+            column[self._lanes, self._slot_of] = 0
 
     def land(self, missing: np.ndarray, now: int) -> None:
         """Pages of the mask [lanes, slots] have been fetched."""

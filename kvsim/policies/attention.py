@@ -135,12 +135,18 @@ class LazyEviction:
         ts, mri = view["ts"].astype(np.float32), view["mri"].astype(np.float32)
         with np.errstate(over="ignore"):
             now = np.float32(np.asarray(view.now, view["ts"].dtype))
-            since = 2 / (1 + np.exp(1 + (now - ts) / (mri + np.float32(1e-5))))
-            rarity = np.where(mri == 0, 0, 2 / (1 + np.exp(mri - 1)))
-        score = since + rarity
+            since = _falling(1 + (now - ts) / (mri + np.float32(1e-5)))
+            score = since + (mri != 0) * _falling(mri - 1)
         if self.tie == "newest":
             return score
         return _ranked(score, -view.key if self.tie == "oldest" else view.weights)
+
+
+def _falling(x: np.ndarray) -> np.ndarray:
+    """2 / (1 + exp(x)), in the memory of `x`."""
+    np.exp(x, out=x)
+    x += 1
+    return np.divide(2, x, out=x)
 
 
 def _largest(value: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:

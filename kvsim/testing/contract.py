@@ -230,7 +230,7 @@ def moved(table: Table, rng: np.random.Generator) -> Table:
     new = table.resized(table.slots)
     order = rng.permuted(np.tile(np.arange(table.slots), (table.lanes, 1)), axis=1)
     for name in COLUMNS:
-        setattr(new, name, np.take_along_axis(getattr(new, name), order, 1))
+        getattr(new, name)[:] = np.take_along_axis(getattr(new, name), order, 1)
     new.private = {name: c[np.arange(table.lanes)[:, None], order] for name, c in new.private.items()}
     for lane, count in enumerate(new.free_count):
         new.free[lane, :count] = np.flatnonzero(new.key[lane] < 0)

@@ -68,16 +68,17 @@ def test_what_could_differ_stays_numpys():
 
 
 def run(trace, policy, budget, fusing, **regime):
-    """Everything that a step leaves behind, by step."""
+    """Everything that a step leaves behind, by step: of the table, what a policy or the engine may look at."""
     request = trace.requests()[0]
     cache = Cache(
         trace.lanes, request.stride, policy, Capacity(budget), page_size=trace.page_size, audit=True, **regime
     )
     cache.fusing = fusing
+    kept = {*COLUMNS} if regime.get("offload") else {"key", "copies", *fused.columns_read(policy)}
     for a in request.accesses():
         out = cache.access(a)
         t = cache.table
-        columns = [getattr(t, name) for name in COLUMNS] + list(t.private.values())
+        columns = [getattr(t, name) for name in COLUMNS if name in kept] + list(t.private.values())
         numbers = [getattr(out, n) for n in ("total", "hit", "attended", "used", "found", "held", "resident", "read")]
         yield [x.copy() for x in columns + numbers] + [np.array(out.dropped), np.array(cache.view.state_bytes)]
     assert (cache.fused is not None) == fusing
@@ -195,12 +196,15 @@ def test_every_form_as_numpy_computes_it():
     right = {n: x.copy() for n, x in table.private.items()}
     for n, x in table.private.items():
         x[:] = before[n]
-    loops.observe(0, 6, *loops.arguments("observe", table, view))
+    loops.observes(0, 6, *loops.arguments(table, view))
     for n, x in table.private.items():
         assert x.tobytes() == right[n].tobytes(), n
     out, counts = np.empty((6, 39), np.int32), np.empty(6, np.int64)
     most = table.copies, 0, np.arange(1, 7), np.zeros(6, np.int64), np.full(6, 99), -1, out, counts
-    loops.victims(0, 6, *most, *loops.arguments("score", table, view))
+    loops.victims(0, 6, *most, *loops.arguments(table, view))
+    scores = np.empty((6, 40), np.float32)
+    loops.scores(0, 6, scores, *loops.arguments(table, view))
+    assert scores.tobytes() == score.tobytes()
     for lane in range(6):
         there = np.flatnonzero(table.key[lane] >= 0)
         order = there[np.lexsort((table.key[lane][there], score[lane][there]))]
