@@ -1,21 +1,25 @@
-"""What a whole curve costs: caches of every size in one pass, beside one replay. 16 layers x 8 KV heads, 4,096 pages.
+"""What a whole curve costs: caches of many sizes in one pass, beside one replay. 16 layers x 8 KV heads, 4,096 pages.
 
-    python benchmarks/curve.py [--steps 40] [--repeats 3] [--policies lru tova ...]
+    python benchmarks/curve.py [--steps 40] [--repeats 3] [--threads 1] [--policies lru tova ...]
 
-Both read the same rows, decoded beforehand; the time is `access` alone, the policy included. The replay holds all pages
-but those that decoding adds, so that it decides at every step as the pass does. The two take turns step by step; the
-fastest step of each is the one that nothing disturbed.
+All read the same rows, decoded beforehand; the time is `access` alone, the policy included. The replay holds all pages
+but those that decoding adds, so that it decides at every step as the pass does. "percents": a curve of every whole
+percent, which is what `kvsim curve` draws; "all": of every number of pages. They take turns, run by run; a time is the
+mean over the steps of the fastest of the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from replay import HEADS, LAYERS, VISIBLE, accesses
 
 from kvsim import registry
+from kvsim.cache import threads
 from kvsim.cache.cache import Cache
 from kvsim.cache.stack import Stacks
 from kvsim.cache.tiers import Capacity
@@ -23,33 +27,38 @@ from kvsim.cache.tiers import Capacity
 POLICIES = ("lru", "lfu", "h2o(recent=32)", "streaming-llm", "random", "tova", "lazy-eviction")
 
 
-def measure(spec: str, steps: int) -> np.ndarray:
-    """Nanoseconds per page of every step, of one replay and of the pass: [2, steps]."""
-    pages, found = LAYERS * HEADS * VISIBLE, []
-    caches = []
-    for kind, budget in ((Cache, VISIBLE - steps), (Stacks, VISIBLE)):
-        policy = registry.build(spec)
-        policy.rows = "full"
-        caches.append(kind((LAYERS, HEADS), VISIBLE, policy, Capacity(budget)))
-    for a in accesses(steps):
-        times = [time.perf_counter_ns()]
-        for cache in caches:
-            cache.access(a)
-            times.append(time.perf_counter_ns())
-        found.append(np.diff(times) / pages)
-    return np.array(found[4:]).T  # compiled and warm
+def measure(spec: str, steps: int) -> list[np.ndarray]:
+    """Nanoseconds per page of every step, of one replay and of two passes: [3][steps]."""
+    percents = [VISIBLE * n // 100 for n in range(1, 101)]
+    kinds = (Cache, VISIBLE - steps), (partial(Stacks, edges=percents), VISIBLE), (Stacks, VISIBLE)
+    return [_steps(spec, steps, kind, budget) for kind, budget in kinds]
+
+
+def _steps(spec: str, steps: int, kind: Callable[..., Cache], budget: int) -> np.ndarray:
+    policy, times = registry.build(spec), []
+    policy.rows = "full"
+    cache = kind((LAYERS, HEADS), VISIBLE, policy, Capacity(budget))
+    cache.fusing = True  # as in a run that is long enough
+    warm = max(4, policy.lag)  # compiled, and the prompt has entered
+    for a in accesses(warm + -(-steps // policy.lag) * policy.lag):
+        begin = time.perf_counter_ns()
+        cache.access(a)
+        times.append((time.perf_counter_ns() - begin) / (LAYERS * HEADS * VISIBLE))
+    return np.array(times[warm + 1 :])
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--steps", type=int, default=40)
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--threads", type=int, default=1, help="cores to use (default: one)")
     options.add_argument("--policies", nargs="*", default=POLICIES)
     chosen = options.parse_args()
-    print(f"{'policy':16} {'replay':>7} {'curve':>7}   ns per page and step, the fastest step of each; curve / replay")
+    threads.cores = lambda: chosen.threads
+    print(f"{'policy':16} {'replay':>7} {'percents':>9} {'all':>7}   ns per page and step; percents and all in replays")
     for spec in chosen.policies:
-        one, curve = np.min([measure(spec, chosen.steps) for _ in range(chosen.repeats)], axis=(0, 2))
-        print(f"{spec:16} {one:7.2f} {curve:7.2f}   x{curve / one:.2f}")
+        one, some, every = np.min([measure(spec, chosen.steps) for _ in range(chosen.repeats)], axis=0).mean(1)
+        print(f"{spec:16} {one:7.2f} {some:9.2f} {every:7.2f}   x{some / one:.2f}, x{every / one:.2f}")
 
 
 if __name__ == "__main__":

@@ -147,15 +147,18 @@ def identify(setting: Setting) -> dict[str, Any]:
     from kvsim import __version__
 
     trace, config = setting.trace, setting.config
+    with registry.reading(setting.texts):
+        source = registry.source_hash(setting.policy())
+        offload = None if setting.lossy else registry.source_hash(registry.build(str(config.offload), "offload"))
     loaded = {
         "hardware": {key: c.value for key, c in setting.hardware.constants.items()},
         "model": vars(setting.shape),
-        "offload": None if setting.lossy else registry.source_hash(setting.build(str(config.offload), "offload")),
+        "offload": offload,
     }
     return {
         "config": config.model_dump(),
         "trace": {"fingerprint": trace.fingerprint, "name": trace.name, "requests": len(trace.sources)},
-        "source": registry.source_hash(setting.policy()),
+        "source": source,
         "loaded": results.digest(loaded),
         "kvsim": __version__,
     }

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 import warnings
@@ -44,7 +45,7 @@ _COMMON = {
     "state_bytes": 0,  # that it keeps per page and lane beside its columns
     "needs": frozenset(),  # trace data beyond decode rows: see `kvsim.trace.access.Source.provides`
     "wraps": (),  # policies that this one holds: a wrapper's inner ones
-    "files": (),  # files that it reads: their content is part of a run's identity
+    "files": (),  # files that it reads (`read` them): their content is part of a run's identity
     "bounded": True,  # False: keeps everything, whatever the budget
     "budget_free": False,  # the same score in caches of every size, given full rows: its curve is one pass
     "cut_prompt": True,  # is an over-long prompt cut at the end of prefill? (with offload it always is)
@@ -224,8 +225,8 @@ _LOADED: set[str] = set()
 
 @contextmanager
 def reading(texts: dict[Path, bytes]) -> Iterator[None]:
-    """Within it a user's file is read once, into `texts`, and stays what it was then: a run is of the text that it
-    began with, whatever is saved meanwhile."""
+    """Within it a file that a policy comes from or reads is read once, into `texts`, and stays what it was then: a run
+    is of what it began with, whatever is saved meanwhile."""
     before = _TEXTS.set(texts)
     try:
         yield
@@ -239,14 +240,25 @@ def texts() -> dict[Path, bytes]:
     return {} if known is None else known
 
 
+def read(path: str | Path) -> bytes:
+    """A file's content, as of the `reading` that we are in: what a policy reads its `files` with. Raises OSError."""
+    known, place = texts(), _place(path)
+    if place not in known:
+        known[place] = Path(path).read_bytes()
+    return known[place]
+
+
+def _place(path: str | Path) -> Path:
+    """As `resolve`, which gives up on links that go in a circle: reading them says what is wrong."""
+    return Path(os.path.realpath(path))
+
+
 def load_file(path: Path) -> ModuleType:
     """Import a user's file under a name made of its content, so that an edited file is a new module."""
-    known, place = texts(), path.resolve()
-    if place not in known:
-        if not path.is_file():
-            raise PolicyError(f'no file "{path}"', hint="give the path of a .py file that uses @policy")
-        known[place] = path.read_bytes()
-    text = known[place]
+    place = _place(path)
+    if place not in texts() and not path.is_file():
+        raise PolicyError(f'no file "{path}"', hint="give the path of a .py file that uses @policy")
+    text = read(path)
     name = _PLUGIN + hashlib.sha256(str(place).encode() + text).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
@@ -293,12 +305,13 @@ def _from_module(module: ModuleType, attribute: str, kind: str, name: str) -> ty
 
 
 def source_hash(instance: Any) -> str:
-    """Part of a run's identity: SHA-256 of the class's module source, the policies it wraps and the files it reads."""
+    """Part of a run's identity: SHA-256 of the class's module source, the policies it wraps and the files it reads (as
+    of the `reading` that we are in)."""
     module = type(instance).__module__
     source = _SOURCES[module] if module in _SOURCES else inspect.getsource(sys.modules[module])
     digest = hashlib.sha256(source.encode())
     for inner in getattr(instance, "wraps", ()):
         digest.update(source_hash(inner).encode())
     for path in getattr(instance, "files", ()):
-        digest.update(Path(path).read_bytes())
+        digest.update(read(path))
     return digest.hexdigest()

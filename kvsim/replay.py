@@ -46,7 +46,7 @@ class Setting:
     use: Use
     demand: Use | None
     notes: list[str] = field(default_factory=list)
-    texts: dict[Path, bytes] = field(default_factory=registry.texts, repr=False)  # of the plug-in files it names
+    texts: dict[Path, bytes] = field(default_factory=registry.texts, repr=False)  # files that policies are in, or read
 
     @property
     def lossy(self) -> bool:

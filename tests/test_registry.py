@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
@@ -9,12 +10,18 @@ import warnings
 from dataclasses import fields
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
 
 from kvsim import registry
-from kvsim.errors import PolicyError
+from kvsim.config import run_config
+from kvsim.errors import ConfigError, PolicyError
+from kvsim.manifest import identify
 from kvsim.registry import Spec, build, find, parse_spec
+from kvsim.replay import prepare
 from kvsim.simulate import run
+from kvsim.trace.access import dense_trace
+from tests.policies.test_readset import random_trace
 
 SOURCE = """
 from kvsim.registry import offload, policy
@@ -215,6 +222,85 @@ def test_a_run_is_of_the_text_that_it_began_with(trace, tmp_path, spec):
     assert seen[0] < 20 < seen[-1]
     assert edited.id == calm.id != after.id and repr(edited.manifest) == repr(calm.manifest)
     assert edited.steps.equals(calm.steps) and not after.steps.equals(calm.steps)
+
+
+DATA = {  # spec of a policy that reads a file, what the file holds, what it holds after an edit
+    "layer-budgets(budgets='{}')": ([1, 9], [9, 1]),
+    "duo-attention(heads='{}')": ([[0, 0]], [[1, 0], [1, 1]]),
+    "flexicache(unstable='{}')": ([[0, 0]], [[1, 1]]),
+    "attention-gate(scores='{}')": ("random", "alternating"),
+}
+
+
+def save(path, data):
+    """As JSON, or random gates or every second one."""
+    if isinstance(data, str):
+        random = np.random.default_rng(0).random((2, 2, 50))
+        np.save(path.open("wb"), random if data == "random" else np.broadcast_to(np.arange(50) % 2, random.shape))
+    else:
+        path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize("spec", DATA)
+def test_a_run_is_of_the_data_that_it_began_with(tmp_path, spec):
+    """Edited after its first request, of three; the next run sees it."""
+    (before, later), path = DATA[spec], tmp_path / "data"
+    trace = dense_trace([random_trace(i).sources[0] for i in range(3)], random_trace().geometry)
+    keys = {"policy": spec.format(save(path, before)), "budget": "30%", "page_size": 1, "regime": "offload"}
+    calm, seen = run(trace, **keys), []
+
+    def edit(done, total):
+        seen.append(done)
+        save(path, later)
+
+    edited, after = run(trace, **keys, progress=edit), run(trace, **keys)
+    assert seen[0] < 30 < seen[-1]
+    assert edited.id == calm.id != after.id and repr(edited.manifest) == repr(calm.manifest)
+    assert edited.steps.equals(calm.steps) and not after.steps.equals(calm.steps)
+
+
+@pytest.mark.parametrize("spec", DATA)
+def test_a_run_is_called_by_the_data_that_it_uses(tmp_path, spec):
+    """Edited after a policy has read it, and before it is known what the run is to be called."""
+    (before, later), path = DATA[spec], tmp_path / "data"
+    trace, keys = random_trace(), {"policy": spec.format(path), "budget": "30%", "page_size": 1, "regime": "offload"}
+
+    def named(data):
+        save(path, data)
+        setting = prepare(trace, run_config(keys))
+        save(path, later)
+        assert list(setting.texts) == [path.resolve()]
+        return identify(setting)["source"]
+
+    save(path, before)
+    calm = identify(prepare(trace, run_config(keys)))["source"]
+    assert named(before) == calm != named(later)
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "data", "one")
+    with registry.reading({}):
+        assert registry.read(path) == b"one"
+        write(path, "two")
+        assert registry.read("data") == registry.read(str(path)) == registry.read("./data") == b"one"
+        with pytest.raises(FileNotFoundError):
+            registry.read("other")
+        write(tmp_path / "other", "there now")
+        assert registry.read("other") == b"there now"
+    assert registry.read("data") == b"two"  # without a reading, what it holds now
+    write(path, "three")
+    assert registry.read("data") == b"three"
+
+
+@pytest.mark.parametrize("spec", ["{}.py", *DATA])
+def test_a_link_that_goes_in_a_circle_is_no_file(tmp_path, spec):
+    spec = spec.format(place := tmp_path / "circle")
+    for link in (place, place.with_suffix(".py")):
+        link.symlink_to(link)
+    with pytest.raises((PolicyError, ConfigError), match="no file|cannot read"):
+        build(spec)
 
 
 def test_a_reading_is_of_the_texts_that_it_began_with(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ class Cache(Lanes):
     Raises ConfigError for a budget below what is protected, or tiers that cannot hold the request.
     """
 
+    chooses = True  # who leaves, in the compiled pass
     fusing: bool | None = None  # compile what of the policy can be: None where it pays; both ways decide the same
 
     def __init__(
@@ -76,7 +77,6 @@ class Cache(Lanes):
         self._used, self._found = np.empty(self.rows, np.int64), np.empty(self.rows, np.int64)
         self._renormalise = self.lossy and policy.rows == "visible"
         self._one = np.ones(self.lanes, np.int64)
-        self.places: tuple | None = None  # where the pass over the pages counts them by place (`kvsim.cache.stack`)
         self._cut = False  # has the budget been enforced yet?
         self.seen = self.table.key  # keys that attention may see in this step, [lanes, slots]; -1 elsewhere
         self.watch: Callable[[Access, np.ndarray], None] | None = None
@@ -139,7 +139,14 @@ class Cache(Lanes):
         else:
             self._enter(a)
         self.seen = self.table.key
-        due = compiled.chooses and self.evicts and self.sizes is None and not self.splits and self._due(a)
+        due = (
+            self.chooses
+            and compiled.chooses
+            and self.evicts
+            and self.sizes is None
+            and not self.splits
+            and self._due(a)
+        )
         pinned = a.keys - 1 if a.tokens % self.page_size else -1
         out.held, counts = np.empty((2, self.lanes), np.int64)
         self.each(
@@ -225,8 +232,13 @@ class Cache(Lanes):
         return (
             row, peak, a.keys, *(getattr(t, n) if n in kept else None for n in ("weights", "mass", "last", "uses")),
             a.step, self._renormalise, self.predicate.value, self.predicate.absolute, self.page_size,
-            a.keys * self.page_size - a.tokens, *limits, out.total, *found, self.places,
+            a.keys * self.page_size - a.tokens, *limits, out.total, *found,
+            self.places(a),
         )  # fmt: skip
+
+    def places(self, a: Access) -> tuple | None:
+        """Where the pass over the pages counts them by place, if it does (`kvsim.cache.stack`)."""
+        return None
 
     def _warm_start(self, a: Access) -> None:
         """Prompt rows count: mass is the column sum, uses the stored rows that used the page."""

@@ -78,7 +78,7 @@ def victims(begin, end, copies, bit, excess, head, tail, pinned, out, counts, {e
         counts[t] = 0
         if excess[t] > 0:
             {score}
-            counts[t] = lowest(score, key[t], copies[t], bit, head[t], tail[t], pinned, excess[t], order, out[t])
+            counts[t] = lowest({values}, key[t], copies[t], bit, head[t], tail[t], pinned, excess[t], order, out[t])
 """
 _STEP = """
 
@@ -101,7 +101,7 @@ def step(
         if due and held[t] > budget[t]:
             want = max(held[t] - budget[t], batch[t])
             {score}
-            counts[t] = lowest(score, key[t], copies[t], 0, head[t], tail[t], pinned, want, order, out)
+            counts[t] = lowest({values}, key[t], copies[t], 0, head[t], tail[t], pinned, want, order, out)
             release_lane(t, key, copies, free, free_count, out, counts[t])
 """
 
@@ -116,6 +116,13 @@ class Loop(NamedTuple):
     lines: tuple[str, ...]
     columns: tuple[str, ...]  # of the table, the policy's own ones in square brackets
     scalars: tuple[str, ...]  # of the view, then "self." and a parameter
+
+    @property
+    def column(self) -> str | None:
+        """The column of the table that a score is, as it stands or as float32, if it is one."""
+        same = re.fullmatch(r"score\[s\] = (\w+)\[s\]|score\[s\] = np.float32\((\w+)\[s\]\)", "\n".join(self.lines))
+        name = (same[1] or same[2]) if same else None
+        return name if name in _COLUMNS else None
 
 
 class _Term(NamedTuple):
@@ -451,7 +458,7 @@ class Fused:
 
     `observes`, `scores`, `victims` (scores and chooses), and `step`, all that happens between two steps of the lossy
     regime: the new page, where `inserts` (all private columns are known to it), the touch, `observe`, and who leaves,
-    where `chooses`. `kept`: columns that its hooks read.
+    where `chooses`. `kept`: columns that its hooks read; `score_column`: `Loop.column` of its score.
     """
 
     def __init__(self, policy: Any, loops: Mapping[str, Loop], module: ModuleType):
@@ -460,6 +467,7 @@ class Fused:
         names = ("observes", "scores", "victims", "step")
         self.observes, self.scores, self.victims, self.step = (getattr(module, name, None) for name in names)
         self.chooses = self.step is not None and "score" in loops
+        self.score_column = loops["score"].column if "score" in loops else None
         self.inserts = self.step is not None and {f"[{name}]" for name in policy.columns} <= {*self.columns}
 
     def arguments(self, table: Any, view: Any) -> list[Any]:
@@ -514,18 +522,25 @@ def _module(policy: Any, loops: Mapping[str, Loop]) -> str:
             out_lane="score[t], " if hook == "score" else "",
             body=textwrap.indent("\n".join(loop.lines) or "pass", " " * 8),
         )
-    score = ""
+    score, values = "pass", "score"
     if "score" in loops:
-        same = re.fullmatch(r"score\[s\] = (\w+)\[s\]", "\n".join(loops["score"].lines))  # a column as it is
-        score = f"score = {same[1]}[t]" if same else f"_score(score, {lane['score']})"
-        text += _VICTIMS.format(every=every, score=score)
+        if loops["score"].column:
+            values = f"{loops['score'].column}[t]"
+        else:
+            score = f"_score(score, {lane['score']})"
+        text += _VICTIMS.format(every=every, score=score, values=values)
     if "observe" in loops or not hasattr(policy, "observe"):
         observe = f"_observe({lane['observe']})" if "observe" in loops else ""
         read = columns_read(policy)
         start = [f"columns[{i}, t, s] = {'now' if i < 4 else 0}" for i, n in enumerate(_COLUMNS) if i and n in read]
         start += [f"own_{n[1:-1]}[t, s] = 0" for n in _union(loops, 1) if n[0] == "["]
         text += _STEP.format(
-            every=every, touch=_TOUCH, start="\n            ".join(start), observe=observe, score=score
+            every=every,
+            touch=_TOUCH,
+            start="\n            ".join(start),
+            observe=observe,
+            score=score,
+            values=values,
         )
     return text
 

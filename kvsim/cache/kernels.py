@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 _JIT: Any = {"cache": True, "nogil": True, "boundscheck": False}
+TOGETHER = 8  # lanes that `_tally` adds up
 _LAST = 2**31 - 1  # above every key and every ordered score
 
 
@@ -105,9 +106,8 @@ def touch_lane(
         if page_size > 1:
             found[m] = _look_up(peak[m], page, need[m], need_key[m], strands, top)[1]
         if places is not None:
-            _tally(
-                t, row[m], peak[m], keys, page, weight, top if page_size > 1 else weight, need[m], need_key[m], places
-            )
+            tops = top if page_size > 1 else weight
+            _tally(t, row[m], peak[m], keys, page, weight, tops, need[m], need_key[m], places)
         if group > 1:
             _add(weight_sum, weight, factor, m == t * group)
             if page_size > 1:
@@ -154,7 +154,7 @@ def touch(
 
 @njit(**_JIT)
 def _copy(to, x):
-    for s in range(x.shape[0]):
+    for s in range(to.shape[0]):
         to[s] = x[s]
 
 
@@ -187,19 +187,27 @@ def _note_uses(peak, key, least, first, uses):
 def _tally(t, row, peak, keys, page, weight, top, need, need_key, places):
     """Add the weights and the used pages at each place of a stack, which is a slot here (`kvsim.cache.stack`).
 
-    `places`: sums of weights and numbers of pages, [lanes, slots + 1], and the key from which on pages have not entered
-    the stack: they count at place 0.
+    `places`: sums of weights and numbers of pages, [groups, places + 1], of `TOGETHER` lanes each, which stay in a near
+    cache; the key from which on pages have not entered the stacks, and count at 0; by lane, how many places there are,
+    and the first key that is visible: once a window has moved, there may be other lines between those of the stack.
     """
-    mass, found, entered = places
-    mass, found, first = mass[t], found[t], max(np.int32(0), np.int32(need_key))
-    for s in range(page.shape[0]):
-        mass[s + 1] += weight[s] if page[s] < entered else np.float32(0.0)
-    for s in range(page.shape[0]):
-        found[s + 1] += (page[s] < entered) & (page[s] >= 0) & _is_used(top[s], page[s], need, first)
-    for s in range(page.shape[0] if entered < keys else 0):
-        if page[s] >= entered:
-            mass[0] += weight[s]
-            found[0] += _is_used(top[s], page[s], need, first)
+    mass, found, entered, depth, visible = places
+    mass, found, need_key = mass[t // TOGETHER], found[t // TOGETHER], np.int32(need_key)
+    for k in range(max(entered, visible[t]), keys):
+        mass[0] += row[k]
+        found[0] += _is_used(peak[k], k, need, need_key)
+    if visible[t] > 0:
+        entered = np.int32(entered)
+        for s in range(depth[t]):
+            mass[s + 1] += weight[s] * np.float32(page[s] < entered)
+        for s in range(depth[t]):
+            standing = (page[s] >= 0) & (page[s] < entered)
+            found[s + 1] += np.int32(standing & _is_used(top[s], page[s], need, need_key))
+    else:
+        for s in range(depth[t]):
+            mass[s + 1] += weight[s]
+        for s in range(depth[t]):
+            found[s + 1] += np.int32(_is_used(top[s], page[s], need, need_key))
 
 
 @njit(**_JIT)
@@ -369,7 +377,7 @@ def _line_up(score, key, low, high, order):
     best, bad = np.int32(_LAST), np.int32(0)
     for s in range(key.shape[0]):
         bad = np.int32(bad | np.int32((key[s] >= 0) & (score[s] != score[s])))
-        order[s] = _ordered(score[s]) if (key[s] >= low) & (key[s] < high) else np.int32(_LAST)
+        order[s] = _ordered(np.float32(score[s])) if (key[s] >= low) & (key[s] < high) else np.int32(_LAST)
         best = min(best, order[s])
     return best, bad > 0
 
@@ -378,7 +386,7 @@ def _line_up(score, key, low, high, order):
 def _line_up_protected(score, key, low, high, pinned, order):
     for s in range(key.shape[0]):
         here = (key[s] >= 0) & (key[s] != pinned) & ((key[s] < low) | (key[s] >= high))
-        order[s] = _ordered(score[s]) if here else np.int32(_LAST)
+        order[s] = _ordered(np.float32(score[s])) if here else np.int32(_LAST)
 
 
 @njit(**_JIT)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -17,13 +18,16 @@ THREADED = 1 << 17  # slots of all lanes from which handing some of them to anot
 _PARTS = 2  # per core: who is done first takes what is left, so that a core in other use holds up nobody
 
 
-def each(loop: Callable[..., None], lanes: int, slots: int, *arguments: Any) -> None:
-    """`loop(begin, end, *arguments)` over all lanes, on every core where they have enough slots."""
+def each(loop: Callable[..., None], lanes: int, slots: int, *arguments: Any, together: int = 1) -> None:
+    """`loop(begin, end, *arguments)` over all lanes, on every core where they have enough slots; as many neighbours as
+    `together` always in one part."""
     if cores() == 1 or lanes * slots < THREADED:
         loop(0, lanes, *arguments)
         return
-    parts = min(lanes, _PARTS * cores())
-    ranges = iter([(lanes * i // parts, lanes * (i + 1) // parts) for i in range(parts)])
+    groups = -(-lanes // together)
+    parts = min(groups, _PARTS * cores())
+    ends = [min(lanes, groups * i // parts * together) for i in range(parts + 1)]
+    ranges = iter(list(pairwise(ends)))
     done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work() -> None:

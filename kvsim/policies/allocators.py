@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from kvsim.cache.view import protected, window
 from kvsim.errors import ConfigError, PolicyError
 from kvsim.policies.parameters import flag, number, refuse
 from kvsim.policies.wrappers import Wrapper, place
-from kvsim.registry import policy
+from kvsim.registry import policy, read
 
 _ALL = np.int64(2**31 - 1)
 
@@ -268,7 +267,7 @@ def _read(listed: Any) -> tuple[Any, tuple[str, ...]]:
     if not isinstance(listed, str):
         return listed, ()
     try:
-        found = json.loads(Path(listed).read_text(encoding="utf-8"))
+        found = json.loads(read(listed))
     except (OSError, ValueError) as error:
         raise ConfigError(f'cannot read the list in "{listed}": {error}') from None
     if not isinstance(found, list):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 
 from kvsim.errors import ConfigError
 from kvsim.policies.history import Unbudgeted
 from kvsim.policies.parameters import number
-from kvsim.registry import policy
+from kvsim.registry import policy, read
 
 
 @policy("attention-gate")
@@ -37,7 +37,7 @@ class AttentionGate(Unbudgeted):
         number(self, "threshold", least=-math.inf)
         self._gates = None
         if self.scores:
-            self.needs, self.files, self._gates = frozenset(), (self.scores,), _load(Path(self.scores))
+            self.needs, self.files, self._gates = frozenset(), (self.scores,), _load(self.scores)
 
     def observe(self, view):
         if self._gates is None:
@@ -60,15 +60,15 @@ class AttentionGate(Unbudgeted):
         return view.fact("gate") if self._gates is None else view.gather(self._gates)
 
 
-def _load(path: Path) -> np.ndarray:
+def _load(path: str) -> np.ndarray:
     """Gates [layers, kv_heads, tokens]. Raises ConfigError for anything else."""
     try:
-        gates = np.load(path, allow_pickle=False)
+        gates = np.load(BytesIO(read(path)), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"cannot read gates: {error}", where=str(path), hint="give a .npy file") from None
+        raise ConfigError(f"cannot read gates: {error}", where=path, hint="give a .npy file") from None
     if not isinstance(gates, np.ndarray) or gates.ndim != 3 or gates.dtype.kind not in "biuf" or not gates.size:
         found = f"{gates.dtype} {list(gates.shape)}" if isinstance(gates, np.ndarray) else "an archive"
-        raise ConfigError(f"gates are {found}", where=str(path), hint="expected floats [layers, kv_heads, tokens]")
+        raise ConfigError(f"gates are {found}", where=path, hint="expected floats [layers, kv_heads, tokens]")
     if np.isnan(gates).any():
-        raise ConfigError("gates hold NaN", where=str(path), hint="every token of every lane needs a number")
+        raise ConfigError("gates hold NaN", where=path, hint="every token of every lane needs a number")
     return gates.astype(np.float32)

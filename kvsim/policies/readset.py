@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from kvsim.cache.view import protected
 from kvsim.errors import ConfigError, PolicyError
 from kvsim.policies.parameters import choice, number, refuse, whole
-from kvsim.registry import policy
+from kvsim.registry import policy, read
 from kvsim.trace.access import Seen, Trace
 
 
@@ -352,7 +351,7 @@ def _heads(unstable: Any) -> list[tuple[int, int]]:
     """(layer, head) of every unstable head, from a list or the JSON file that holds it."""
     hint = "write [[layer, head], ...], or name a JSON file that holds such a list"
     try:
-        given = json.loads(Path(unstable).read_text(encoding="utf-8")) if isinstance(unstable, str) else unstable
+        given = json.loads(read(unstable)) if isinstance(unstable, str) else unstable
         heads = [(layer, head) for layer, head in given]
     except OSError as error:
         raise ConfigError(f'cannot read the unstable heads "{unstable}": {error.strerror}', hint=hint) from None

@@ -126,8 +126,9 @@ def test_keys_are_unique_and_nothing_is_made_to_list_them(kind, tmp_path, monkey
 
 
 def test_timing_ends_when_asked_to(bench):
-    calls = []
-    assert len(bench.timed(lambda: calls.append(1), warm=2, reps=5)) == 5 and len(calls) == 7
+    calls, patient = [], Bench(bench.device, seconds=600.0, rotate=1e6)
+    assert len(patient.timed(lambda: calls.append(1), warm=2, reps=5)) == 5 and len(calls) == 7
+    assert len(Bench(bench.device, seconds=0.0, rotate=1e6).timed(lambda: None, reps=5)) == 3
     answers = iter([True, True, False])
     assert len(bench.timed(lambda: None, valid=lambda: next(answers))) == 2
     assert all(ms >= 5 for ms in bench.wall(lambda: threading.Event().wait(0.005), reps=3))
@@ -158,6 +159,32 @@ def test_copying_goes_on_beside_and_ends(bench):
     with bench.copying(*link.pair("h2d-pinned", 0, 1 << 20), link.stream("h2d-pinned")) as still:
         assert still()
     assert not still()
+
+
+def test_copying_lasts_however_long_the_block_takes(bench):
+    """A starved machine may come to its first repetition after thousands of copies."""
+    thousands = threading.Event()
+
+    class Counted:
+        copies = 0
+
+        def copy_(self, source):
+            self.copies += 1
+            if self.copies == 5000:
+                thousands.set()
+
+    with bench.copying(Counted(), torch.ones(1), bench.device.copy) as still:
+        assert thousands.wait(60), "it ended by itself"
+        assert still()
+
+
+def test_copying_that_fails_says_so_and_ends(bench):
+    copying = bench.copying(torch.ones(2), torch.ones(3), bench.device.copy)
+    with pytest.raises(RuntimeError, match="must match"), copying as still:
+        while still():
+            pass
+    with bench.copying(torch.ones(1), torch.ones(1), bench.device.copy) as still:
+        assert still(), "the stream is as before"
 
 
 # --- the SSD --------------------------------------------------------------------------------------------------
