@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,8 +42,8 @@ class Curve:
     `points`: per budget, in the order asked for, `budget` (as written), `pages` (per lane, mean over requests),
     `page_hit_rate`, and `recall` in the lossy regime or `mass_hit_rate` where evicted pages come back; over all decode
     steps of all requests, as in the summary of a run. `method`: "one pass" or "one run per budget"; `reason`: why.
-    `full_rows`: the policy saw full rows. `at(budget)`: the point at any other budget, for nothing after one pass, else
-    by a run.
+    `full_rows`: the policy saw full rows. `at(budget)`: the point at any other budget; for nothing at one of the pass,
+    which also has those of `GRID`, else by a run.
     """
 
     config: RunConfig
@@ -189,17 +191,17 @@ def curve(
         raise ConfigError("a curve runs over budgets", hint='leave budget out, or give budgets=["10%", "20%"]')
     setting = _prepared(trace, config or run_config(settings), rows)
     tell = _Counter(setting, progress)
-    passes, reason = _one_pass(setting, tell)
-    if budgets is None or isinstance(budgets, str):
-        chosen, strict = _grid(setting, budgets, bool(passes)), False
-    else:
-        chosen, strict = [str(b) for b in budgets], True
+    listed = None if budgets is None or isinstance(budgets, str) else [str(b) for b in budgets]
+    passes, reason = _one_pass(setting, _grid(setting, budgets, True) if listed is None else listed, tell)
+    chosen = _grid(setting, budgets, bool(passes)) if listed is None else listed
 
     def found(at: _Setting, request: Request) -> _Sums:
-        mass, pages, least = passes[request.id]
+        edges, mass, pages, least = passes[request.id]
         budget = min(at.budget(request), request.stride)
         if budget < least:
             new_cache(at, request, at.policy())  # refuses it
+        if budget not in edges:
+            return replayed(at, request)
         return _Sums(mass[budget], mass[-1], pages[budget], pages[-1])
 
     def replayed(at: _Setting, request: Request) -> _Sums:
@@ -209,7 +211,7 @@ def curve(
         return _point(setting, str(budget), found if passes else replayed)
 
     tell.start(1 if passes else len(chosen))
-    points, below = _points(chosen, at, strict)
+    points, below = _points(chosen, at, strict=listed is not None)
     source = {"name": trace.name, "requests": len(setting.trace.sources), "fingerprint": setting.trace.fingerprint}
     policy = setting.policy()
     oracle, full = callable(getattr(policy, "foresee", None)), policy.rows == "full"
@@ -227,7 +229,7 @@ def _prepared(trace: Trace, config: RunConfig, rows: str | None) -> _Setting:
     return _Setting.of(prepare(trace, config.model_copy(update={"budget": "100%"})), rows)
 
 
-def _grid(setting: Setting, asked: str | None, one_pass: bool) -> list[str]:
+def _grid(setting: Setting, asked: Any, one_pass: bool) -> list[str]:
     """The budgets of a curve for which none were listed."""
     if asked not in (None, "all"):
         raise ConfigError(f'budgets = "{asked}"', hint='give a list such as ["10%", "20%"], or "all"')
@@ -264,7 +266,7 @@ def _points(
 
 
 def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request], _Sums]) -> dict[str, Any]:
-    at = replace(setting, config=setting.config.model_copy(update={"budget": budget}))
+    at = _with_budget(setting, budget)
     requests = at.trace.requests()
     sums = [measure(at, request) for request in requests]
     mass, weight, pages, used = (sum(column) for column in zip(*sums, strict=True))
@@ -277,9 +279,18 @@ def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request]
     }
 
 
-def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, tuple[np.ndarray, np.ndarray, int]], str]:
-    """By request, the mass and the used pages that the cache of each size had on the GPU, [stride + 1], and how many
-    are protected; nothing where caches are not nested. And why."""
+class _Pass(NamedTuple):
+    """What one request's caches had on the GPU: the budgets that were looked at, by budget [stride + 1] the mass and
+    the used pages, and how many pages are protected."""
+
+    edges: frozenset[int]
+    mass: np.ndarray
+    found: np.ndarray
+    least: int
+
+
+def _one_pass(setting: _Setting, budgets: Iterable[str], tell: _Counter) -> tuple[dict[int, _Pass], str]:
+    """By request, what the caches of these budgets and of `GRID` had; nothing where they are not nested. And why."""
     policy = setting.policy()
     offload = None if setting.lossy else parse_spec(str(setting.config.offload)).name
     why_not = not_nested(policy)
@@ -287,7 +298,8 @@ def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, tuple[np.nda
         why_not = why_not or f'the offload policy "{offload}" may decide by what is on the GPU'
     passes = {}
     for request in setting.trace.requests() if why_not is None else ():
-        replay = Replay(setting, request, kind=Stacks)
+        edges = frozenset({request.stride, *_pages(setting, request, (*budgets, *GRID))})
+        replay = Replay(setting, request, kind=partial(Stacks, edges=edges))
         stacks = replay.cache
         assert isinstance(stacks, Stacks)
         for a, _ in replay:
@@ -295,9 +307,20 @@ def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, tuple[np.nda
                 return {}, why_not
             tell(a)
         head, tail = stacks.protected()
-        passes[request.id] = np.cumsum(stacks.mass), np.cumsum(stacks.found), int((head + tail).max())
+        passes[request.id] = _Pass(edges, np.cumsum(stacks.mass), np.cumsum(stacks.found), int((head + tail).max()))
     why = "who leaves is the same at every budget" if policy.bounded else "it keeps everything at every budget"
     return passes, why_not or why
+
+
+def _pages(setting: _Setting, request: Request, budgets: Iterable[str]) -> Iterator[int]:
+    """These budgets in pages of a request, without those that are none: the points say so."""
+    for budget in dict.fromkeys(budgets):
+        with suppress(ConfigError):
+            yield _with_budget(setting, budget).budget(request)
+
+
+def _with_budget(setting: _Setting, budget: str) -> _Setting:
+    return replace(setting, config=setting.config.model_copy(update={"budget": budget}))
 
 
 def _replayed(setting: _Setting, request: Request, tell: _Counter) -> _Sums:

@@ -7,7 +7,7 @@ policies alone needs nothing above this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -244,7 +244,7 @@ def _shape(trace: Trace, model: str | None) -> ModelShape:
 
 def new_cache(
     setting: Setting, request: Request, policy: Any, *, audit: bool = False, record: bool = False,
-    kind: type[Cache] = Cache,
+    kind: Callable[..., Cache] = Cache,
 ) -> Cache:  # fmt: skip
     """An empty cache for one request. Raises ConfigError for a budget or tiers that cannot work."""
     return kind(
@@ -275,7 +275,7 @@ class Replay:
 
     def __init__(
         self, setting: Setting, request: Request, *, ceiling: bool = False, quality: bool = False,
-        audit: bool = False, record: bool = False, kind: type[Cache] = Cache,
+        audit: bool = False, record: bool = False, kind: Callable[..., Cache] = Cache,
     ):  # fmt: skip
         self.request, self.setting, self._wants_ceiling = request, setting, ceiling and setting.lossy
         policy = setting.policy()

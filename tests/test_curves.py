@@ -60,18 +60,30 @@ def claimed(draw):
     return lambda: policy_for(spec, **attributes)
 
 
-@settings(deadline=None, max_examples=150)
-@given(traces(), claimed(), st.sampled_from(DEMANDS[:2]))
-def test_one_pass_is_one_replay_per_budget(trace, policy, use):
+some = st.one_of(st.none(), st.none(), st.sets(st.integers(1, 24), max_size=4))  # budgets; None: all
+
+
+@settings(deadline=None, max_examples=300)
+@given(traces(), claimed(), st.sampled_from(DEMANDS[:2]), some)
+def test_one_pass_is_one_replay_per_budget(trace, policy, use, budgets):
     if policy().needs <= trace.provides:
-        assert compare_sizes(trace, policy, use=use, seed=3)[0] is None
+        assert compare_sizes(trace, policy, use=use, seed=3, budgets=budgets)[0] is None
 
 
 @settings(deadline=None, max_examples=150)
-@given(traces(), claimed(), st.sampled_from(DEMANDS))
-def test_one_pass_is_one_replay_per_budget_where_pages_come_back(trace, policy, demand):
+@given(traces(), claimed(), st.sampled_from(DEMANDS), some)
+def test_one_pass_is_one_replay_per_budget_where_pages_come_back(trace, policy, demand, budgets):
     if policy().needs <= trace.provides and "offload" in policy().regimes:
-        assert compare_sizes(trace, policy, demand=demand, seed=3)[0] is None
+        assert compare_sizes(trace, policy, demand=demand, seed=3, budgets=budgets)[0] is None
+
+
+@pytest.mark.parametrize("budgets", [None, (3, 9, 20)])
+@pytest.mark.parametrize("spec", ["lru", "h2o(recent=3)", "tova", "lfu", "streaming-llm(sink=2)", "random"])
+def test_what_is_compiled_counts_and_decides_the_same(spec, budgets):
+    for windows in ((0, 0), (9, 0)):
+        trace = tiny_trace(layers=2, prompt=20, steps=40, windows=windows)
+        text, sizes = compare_sizes(trace, lambda: policy_for(spec, rows="full"), budgets=budgets, fusing=True)
+        assert text is None and sizes > 2
 
 
 @pytest.mark.parametrize("name", CLAIMED)

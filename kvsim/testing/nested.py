@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,30 +21,36 @@ from kvsim.trace.access import VECTORS, Trace
 
 
 def compare_sizes(
-    trace: Trace, policy: Callable[[], Any], *, use: Use = FAIR_SHARE, demand: Use | None = None, seed: int = 0
-) -> tuple[str | None, int]:
+    trace: Trace, policy: Callable[[], Any], *, use: Use = FAIR_SHARE, demand: Use | None = None, seed: int = 0,
+    budgets: Iterable[int] | None = None, fusing: bool | None = None,
+) -> tuple[str | None, int]:  # fmt: skip
     """The first difference, in words, on the first request of a trace, and how many sizes were compared.
 
-    `policy()` makes a fresh one; with a `demand` the regime is offload. Compared are the pages on the GPU after every
-    step, and the sums of attention mass and used pages found there, exactly. Where the caches are not nested, by what
-    is known before or turns out, nothing is.
+    `policy()` makes a fresh one; with a `demand` the regime is offload. `budgets`: those that are compared (None: all),
+    which are all that the pass looks at, in buckets; `fusing`: as of a cache, for both. Compared are the pages on the
+    GPU after every step, and the sums of attention mass and used pages found there, exactly. Where the caches are not
+    nested, by what is known before or turns out, nothing is.
     """
     request = trace.requests()[0]
 
-    def cache(kind: type[Cache], budget: int) -> Any:
+    def cache(kind: Callable[..., Cache], budget: int) -> Any:
         p = policy()
         if callable(getattr(p, "foresee", None)):
             pool = trace.pool if p.granularity == "head" else p.granularity
             p.foresee(Future(replace(request, pool=pool), demand or use))
         offload = registry.build("spill", "offload") if demand else None
-        return kind(
+        made = kind(
             trace.lanes, request.stride, p, Capacity(budget, None), offload=offload, use=use, demand=demand,
             page_size=trace.page_size, seed=seed, facts=request.facts,
         )  # fmt: skip
+        made.fusing = fusing
+        return made
 
-    stacks = cache(Stacks, request.stride)
+    budgets = None if budgets is None else sorted({request.stride, *(b for b in budgets if b < request.stride)})
+    stacks = cache(partial(Stacks, edges=budgets), request.stride)
+    stacks.coarse = budgets is not None
     single: dict[int, Cache] = {}
-    for budget in range(1, request.stride + 1):
+    for budget in budgets or range(1, request.stride + 1):
         try:
             single[budget] = cache(Cache, budget)
         except ConfigError:  # below what is protected
