@@ -794,8 +794,8 @@ class Lirs(_Queue):
     oldest of them, and ghosts; a page asked for again while it is in S becomes LIR, and the oldest LIR page joins
     the queue Q, a share `hir` of the capacity (the paper's 1 %, at least one). While LIR pages have room left, every
     new page is one. `stack`: S holds at most so many times the capacity, and ghosts that left first go first; the paper
-    has no bound and names it as a choice, libCacheSim's is 2. A page larger than Q is not admitted
-    and stays only while there is room.
+    has no bound and names it as a choice, libCacheSim's is 2. A page larger than Q is not admitted; like a
+    page that Q let go, it stays only while there is room, as there may be with pages of many sizes.
 
     Departures: with a capacity of one, every page is in Q. libCacheSim's LIRS.c also demotes a LIR page whenever
     a page of Q outside S is hit, which the paper does not.
