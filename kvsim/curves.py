@@ -212,6 +212,7 @@ def curve(
 
     tell.start(1 if passes else len(chosen))
     points, below = _points(chosen, at, strict=listed is not None)
+    tell.end()
     source = {"name": trace.name, "requests": len(setting.trace.sources), "fingerprint": setting.trace.fingerprint}
     policy = setting.policy()
     oracle, full = callable(getattr(policy, "foresee", None)), policy.rows == "full"
@@ -344,6 +345,10 @@ class _Counter:
 
     def start(self, rounds: int) -> None:
         self._done, self._total = 0, rounds * self._steps
+
+    def end(self) -> None:
+        """Nothing more is told: of points that are asked for later."""
+        self._progress = None
 
     def __call__(self, a: Access) -> None:
         self._done += not a.prefill

@@ -136,6 +136,14 @@ def test_h2o_stack_by_hand():
     assert steps[2][:4] == [3, 0, 1, 2]  # 2.92, 0.55 (against 0.40 of page 2, which went down to the end)
 
 
+def test_pages_that_never_enter_are_counted_whole():
+    """More than an int32 holds: every page that was ever needed is new to a stack that nothing enters."""
+    *_, stacks = drive("full", tiny_trace(layers=1, heads=1).requests()[0].accesses(), 40)
+    before = stacks.found[0]
+    stacks._found_new += 2**31
+    assert stacks.found[0] == before + 2**31 and before > 0
+
+
 def test_places_left_empty_are_taken():
     """A window leaves pages behind in the middle of a stack; what comes down stays there."""
     trace = tiny_trace(seed=1, layers=1, heads=1, prompt=8, steps=6, windows=(5,))

@@ -23,7 +23,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -49,6 +49,7 @@ _CHOICES = {
 }
 
 _HOOKS = ("observe", "score", "select", "split")  # what a cache may ask in a decode step of the lossy regime
+_LOOKS_ROUND = {"eval", "exec", "locals", "vars", "globals"}  # by which a text reaches what it does not name
 _TOUCH = ", ".join(f"its_{n}" for n in list(inspect.signature(kernels.touch_lane.py_func).parameters)[3:])
 
 _HEAD = '''"""Written by kvsim.cache.fused from {policy}."""
@@ -141,20 +142,26 @@ def translate(policy: Any, hook: str) -> Loop:
 
 
 def columns_read(policy: Any) -> frozenset[str]:
-    """The table's columns that the text of the policy's hooks mentions; all, where a hook hands its view on."""
+    """The table's columns that the text of the policy's hooks mentions; all, where a hook hands its view on, or may."""
     found: set[str] = set()
-    for hook in filter(partial(hasattr, policy), _HOOKS):
+    for hook in _HOOKS:
+        if not callable(getattr(policy, hook, None)):
+            continue
         try:
             tree = _text(_method(policy, hook))
         except Refused:
             return frozenset(_COLUMNS)
-        views = {argument.arg for argument in tree.args.args[1:]}
-        alone = {id(n) for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in views}
-        for node in ast.walk(tree):
+        a = tree.args
+        if len(a.args) != 2 or a.posonlyargs or a.vararg or a.kwonlyargs or a.kwarg:
+            return frozenset(_COLUMNS)
+        view, nodes = a.args[1].arg, list(ast.walk(tree))
+        alone = {id(n) for n in nodes if isinstance(n, ast.Name) and n.id == view}
+        for node in nodes:
             if isinstance(node, (ast.Attribute, ast.Subscript)) and id(node.value) in alone:
                 alone.remove(id(node.value))
                 found.add(node.attr if isinstance(node, ast.Attribute) else "")
-        if alone or any(name.startswith("_") for name in found):
+        names = {n.id if isinstance(n, ast.Name) else n.attr for n in nodes if isinstance(n, (ast.Name, ast.Attribute))}
+        if alone or names & _LOOKS_ROUND or any(n.startswith("__") for n in names) or any(n[:1] == "_" for n in found):
             return frozenset(_COLUMNS)
     return frozenset(found & _COLUMNS.keys())
 
@@ -180,8 +187,8 @@ def _text(function: FunctionType) -> ast.FunctionDef:
     if not found:
         raise Refused(f"the text of {function.__name__} is not what runs")
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and node.lineno == code.co_firstlineno:  # a decorator is on a line before
-            return node
+        if isinstance(node, ast.FunctionDef) and (node.lineno, node.name) == (code.co_firstlineno, code.co_name):
+            return node  # a decorator would be on a line before
     raise Refused(f"{function.__name__} is not a plain method")
 
 
@@ -529,7 +536,7 @@ def _module(policy: Any, loops: Mapping[str, Loop]) -> str:
         else:
             score = f"_score(score, {lane['score']})"
         text += _VICTIMS.format(every=every, score=score, values=values)
-    if "observe" in loops or not hasattr(policy, "observe"):
+    if "observe" in loops or not callable(getattr(policy, "observe", None)):
         observe = f"_observe({lane['observe']})" if "observe" in loops else ""
         read = columns_read(policy)
         start = [f"columns[{i}, t, s] = {'now' if i < 4 else 0}" for i, n in enumerate(_COLUMNS) if i and n in read]
@@ -557,7 +564,7 @@ def _kernels() -> str:
 
 
 def _compiled(module: ModuleType) -> bool:
-    """Are its loops compiled already, in this process or in numba's cache on disk?"""
+    """Are its loops compiled already, or some of them, in this process or in numba's cache on disk?"""
     loop = getattr(module, "scores", None) or module.observes
     return bool(loop.signatures) or any(Path(loop.stats.cache_path).glob(f"{module.__name__}.*.nbi"))
 

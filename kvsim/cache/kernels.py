@@ -19,14 +19,11 @@ _LAST = 2**31 - 1  # above every key and every ordered score
 
 
 @njit(**_JIT)
-def _sum(x, strands):
-    """Sum of a row in 64 `strands`, side by side: no chain of additions, and the same order on any machine."""
-    return _sum_and_count(x, np.float32(np.inf), strands)[0]
-
-
-@njit(**_JIT)
 def _sum_and_count(x, least, strands):
-    """The sum, as above, and how many are at least `least`."""
+    """Sum of a row, and how many are at least `least`.
+
+    In 64 `strands`, side by side: no chain of additions, and the same order on any machine.
+    """
     n, count = x.shape[0], np.int32(0)
     many, whole = n - n % 512, n - n % 64
     strands[:] = 0.0
@@ -86,10 +83,11 @@ def touch_lane(
 
     `weights`, `mass`, `last`, `uses`: columns, or None for those that nobody reads. `need`, `need_key` [row_lanes]: the
     limits of `Use`, from which a page counts as used on the full row; a lane of several rows compares means of peaks
-    and limits. `renormalise`: divide each row by what of it is visible, as the softmax over the surviving pages would;
-    a page is then used when that weight reaches `use` (`absolute`) or `use` / visible tokens. `missing`: tokens
-    the newest page still lacks. Returns per row lane `total` and `used`, as `row_totals` does, the visible mass `hit`,
-    and in `found` the visible pages that are used by the full row. `places`: None, or what `_tally` needs.
+    and limits. Where pages are of one token, `peak` is `row`. `renormalise`: divide each row by what of it is visible,
+    as the softmax over the surviving pages would; a page is then used when that weight reaches `use` (`absolute`) or
+    `use` / visible tokens. `missing`: tokens the newest page still lacks. Returns per row lane `total` and `used`, as
+    `row_totals` does, the visible mass `hit`, and in `found` the visible pages that are used by the full row.
+    `places`: None, or what `_tally` needs.
 
     Short loops over one lane, of few arrays each: a processor does eight lines at once only where no more than a few
     arrays could overlap, and one lane stays in its nearest cache.
@@ -188,14 +186,15 @@ def _tally(t, row, peak, keys, page, weight, top, need, need_key, places):
     """Add the weights and the used pages at each place of a stack, which is a slot here (`kvsim.cache.stack`).
 
     `places`: sums of weights and numbers of pages, [groups, places + 1], of `TOGETHER` lanes each, which stay in a near
-    cache; the key from which on pages have not entered the stacks, and count at 0; by lane, how many places there are,
-    and the first key that is visible: once a window has moved, there may be other lines between those of the stack.
+    cache; by lane the number of those that have not entered the stacks (their weights are at 0); the key from which on
+    they are; by lane, how many places there are, and the first key that is visible: once a window has moved, there
+    may be other lines between those of the stack.
     """
-    mass, found, entered, depth, visible = places
+    mass, found, found_new, entered, depth, visible = places
     mass, found, need_key = mass[t // TOGETHER], found[t // TOGETHER], np.int32(need_key)
     for k in range(max(entered, visible[t]), keys):
         mass[0] += row[k]
-        found[0] += _is_used(peak[k], k, need, need_key)
+        found_new[t] += _is_used(peak[k], k, need, need_key)
     if visible[t] > 0:
         entered = np.int32(entered)
         for s in range(depth[t]):

@@ -98,7 +98,7 @@ class Lanes:
             self.fused.ask(self.view, "observe")
             self.each(self.fused.observes, *self.fused.arguments(self.table, self.view))
             self.policy_seconds += time.perf_counter() - begin
-        elif hasattr(self.policy, "observe"):
+        elif callable(getattr(self.policy, "observe", None)):
             self.call("observe", self.view)
             self._protected = None  # a policy may make up its mind about what it protects
 

@@ -22,7 +22,7 @@ from numba import njit
 
 from kvsim.cache import fused, threads
 from kvsim.cache.cache import Cache
-from kvsim.cache.kernels import _JIT, _LAST, TOGETHER, _is_used, _ordered, _rank
+from kvsim.cache.kernels import _JIT, _LAST, TOGETHER, _is_used, _line_up, _ordered, _rank
 from kvsim.cache.outcome import Outcome
 from kvsim.cache.view import protected
 from kvsim.trace.access import Access
@@ -73,7 +73,8 @@ class Stacks(Cache):
         self.depth = np.zeros(self.lanes, np.int64)  # places in use
         self.entered = 0  # keys below have entered the stacks; the others are in every cache
         places = (-(-self.lanes // TOGETHER), self.stride + 1)
-        self._mass_at, self._found_at = np.zeros(places), np.zeros(places, np.int32)
+        self._mass_at, self._found_at = np.zeros(places), np.zeros(places, np.int32)  # a page a step and row at most
+        self._found_new = np.zeros(self.lanes, np.int64)
         self._to, self._source = np.empty((2, self.lanes, self.stride), np.int32)  # the pages that move
         self._score = np.empty((0, 0), np.float32)
         self._need, self._need_key = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)  # never looked at
@@ -88,7 +89,9 @@ class Stacks(Cache):
 
     @property
     def found(self) -> np.ndarray:
-        return self._found_at.sum(0, dtype=np.int64)
+        found = self._found_at.sum(0, dtype=np.int64)
+        found[0] = self._found_new.sum()
+        return found
 
     @property
     def depends(self) -> str | None:
@@ -115,7 +118,7 @@ class Stacks(Cache):
 
     def places(self, a: Access) -> tuple:
         self._first = self.per_lane(a.first)
-        return self._mass_at, self._found_at, self.entered, self.depth, self._first
+        return self._mass_at, self._found_at, self._found_new, self.entered, self.depth, self._first
 
     def _settle(self, a: Access, out: Outcome) -> None:
         self._first = self.per_lane(a.first)
@@ -176,7 +179,7 @@ def descend(
     for t in range(begin, end):
         page, low, high = key[t], head[t], tail[t]
         moves[t] = 0
-        if _line_up(score[t], page, low, high, pinned, order):
+        if _line_up(score[t], page, np.int32(low), np.int32(min(high, pinned) if pinned >= 0 else high), order)[1]:
             moves[t] = -1
             continue
         if keys == entered and not comes_back:
@@ -263,16 +266,6 @@ def _find_from(key, first, slots):
                 slots[n] = s
                 n += 1
     return n
-
-
-@njit(**_JIT)
-def _line_up(score, key, low, high, pinned, order):
-    """Scores as integers of the same order, protected pages above all. Is any of them NaN?"""
-    bad, low, high = np.int32(0), np.int32(low), np.int32(min(high, pinned) if pinned >= 0 else high)
-    for s in range(key.shape[0]):
-        bad = np.int32(bad | np.int32((key[s] >= 0) & (score[s] != score[s])))
-        order[s] = _ordered(np.float32(score[s])) if (key[s] >= low) & (key[s] < high) else np.int32(_LAST)
-    return bad > 0
 
 
 @njit(**_JIT)

@@ -21,6 +21,7 @@ from kvsim.cache.tiers import Capacity
 from kvsim.cache.view import View
 from kvsim.errors import PolicyError
 from kvsim.testing import tiny_trace
+from kvsim.testing.nested import compare_sizes
 from tests.helpers import policy_for
 from tests.strategies import traces
 
@@ -67,7 +68,7 @@ def test_what_could_differ_stays_numpys():
 # -- both ways ---------------------------------------------------------------------------------------------------
 
 
-def run(trace, policy, budget, fusing, **regime):
+def run(trace, policy, budget, fusing, check=True, **regime):
     """Everything that a step leaves behind, by step: of the table, what a policy or the engine may look at."""
     request = trace.requests()[0]
     cache = Cache(
@@ -81,7 +82,7 @@ def run(trace, policy, budget, fusing, **regime):
         columns = [getattr(t, name) for name in COLUMNS if name in kept] + list(t.private.values())
         numbers = [getattr(out, n) for n in ("total", "hit", "attended", "used", "found", "held", "resident", "read")]
         yield [x.copy() for x in columns + numbers] + [np.array(out.dropped), np.array(cache.view.state_bytes)]
-    assert (cache.fused is not None) == fusing
+    assert not check or (cache.fused is not None) == fusing
 
 
 @st.composite
@@ -250,6 +251,46 @@ def test_any_other_text_is_refused(score, tmp_path):
         policy.score = score
     with pytest.raises(fused.Refused):
         fused.translate(policy, "score")
+
+
+COUNTS = "    def observe(self, view):\n        view['a'][:] = view['a'] + 1\n"  # something that is compiled
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("    def score(self, view):\n        return view.mass * 2\n", {"mass"}),
+        (COUNTS + "    def score(self, view):\n        return np.sqrt(view.mass) + view.key\n", {"mass", "key"}),
+        ("    def score(self, view, /):\n        return view.mass\n", None),
+        (COUNTS + "    def score(self, *views):\n        return views[0].mass\n", None),
+        (COUNTS + "    def score(*both):\n        return both[1].mass\n", None),
+        (COUNTS + "    def score(self, view, **more):\n        return np.sqrt(view.mass)\n", None),
+        (COUNTS + "    def score(self, view):\n        return eval('view.mass')\n", None),
+        (COUNTS + "    def score(self, view):\n        return locals()['view'].mass\n", None),
+        (COUNTS + "    def score(self, view):\n        return view.gather.__self__.mass\n", None),
+        (COUNTS + "    def score(self, view):\n        return getattr(view, 'ma' + 'ss')\n", None),
+        (
+            COUNTS
+            + "    def score(self, view):\n        return self.of(view)\n    def of(self, v):\n        return v.mass\n",
+            None,
+        ),
+        (COUNTS + "    make = lambda: lambda self, view: view.mass\n    score = make()\n", None),
+        ("    observe = None\n    def score(self, view):\n        return view.mass\n", {"mass"}),
+    ],
+)
+def test_a_column_that_is_read_is_kept(text, read, tmp_path):
+    """Whatever way a text has to it, by name or round a corner (None: all are kept): the same pages leave."""
+    head = "import numpy as np\nfrom kvsim.registry import policy\n\n@policy('own')\nclass Own:\n    rows = 'full'\n"
+    (path := tmp_path / "own.py").write_text(f"{head}    budget_free = True\n    columns = {{'a': np.int32}}\n{text}")
+    assert fused.columns_read(registry.build(str(path))) == (fused._COLUMNS.keys() if read is None else read)
+    trace = tiny_trace(steps=30)
+    one, two = (list(run(trace, registry.build(str(path)), 6, f, check=False)) for f in (False, True))
+    assert all(
+        np.array_equal(x, y) for left, right in zip(one, two, strict=True) for x, y in zip(left, right, strict=True)
+    )
+    for fusing in (False, True):
+        text, sizes = compare_sizes(trace, lambda: registry.build(str(path)), fusing=fusing)
+        assert text is None and sizes > 10
 
 
 def test_a_users_file_is_compiled_too(tmp_path):
