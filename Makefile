@@ -12,7 +12,7 @@ demo: $(DEMO)/installed
 	$(DEMO)/bin/kvsim sweep experiments/offload.toml --jobs 2 -o runs/offload
 
 test: $(TEST)/installed
-	$(TEST)/bin/python -m pytest
+	$(TEST)/bin/python -m pytest -n auto --maxprocesses 4
 
 check: $(TEST)/installed
 	$(TEST)/bin/ruff check .
