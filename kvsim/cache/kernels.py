@@ -205,8 +205,10 @@ def _tally(t, row, peak, keys, page, weight, top, need, need_key, places):
     else:
         for s in range(depth[t]):
             mass[s + 1] += weight[s]
-        for s in range(depth[t]):
+        for s in range(depth[t] if need_key > 0 else 0):
             found[s + 1] += np.int32(_is_used(top[s], page[s], need, need_key))
+        for s in range(depth[t] if need_key <= 0 else 0):  # the same, of any key
+            found[s + 1] += np.int32(top[s] >= need)
 
 
 @njit(**_JIT)
