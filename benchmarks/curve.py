@@ -3,9 +3,8 @@
     python benchmarks/curve.py [--steps 40] [--repeats 3] [--threads 1] [--policies lru tova ...]
 
 All read the same rows, decoded beforehand; the time is `access` alone, the policy included. The replay holds all pages
-but those that decoding adds, so that it decides at every step as the pass does. "percents": a curve of every whole
-percent, which is what `kvsim curve` draws; "all": of every number of pages. They take turns, run by run; a time is the
-mean over the steps of the fastest of the repeats.
+but those that decoding adds, so that it decides at every step as the pass does; the pass has the caches of every
+number of pages. They take turns, run by run; a time is the mean over the steps of the fastest of the repeats.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from replay import HEADS, LAYERS, VISIBLE, accesses
@@ -28,10 +26,8 @@ POLICIES = ("lru", "lfu", "h2o(recent=32)", "streaming-llm", "random", "tova", "
 
 
 def measure(spec: str, steps: int) -> list[np.ndarray]:
-    """Nanoseconds per page of every step, of one replay and of two passes: [3][steps]."""
-    percents = [VISIBLE * n // 100 for n in range(1, 101)]
-    kinds = (Cache, VISIBLE - steps), (partial(Stacks, edges=percents), VISIBLE), (Stacks, VISIBLE)
-    return [_steps(spec, steps, kind, budget) for kind, budget in kinds]
+    """Nanoseconds per page of every step, of one replay and of the pass: [2][steps]."""
+    return [_steps(spec, steps, kind, budget) for kind, budget in ((Cache, VISIBLE - steps), (Stacks, VISIBLE))]
 
 
 def _steps(spec: str, steps: int, kind: Callable[..., Cache], budget: int) -> np.ndarray:
@@ -55,10 +51,10 @@ def main() -> None:
     options.add_argument("--policies", nargs="*", default=POLICIES)
     chosen = options.parse_args()
     threads.cores = lambda: chosen.threads
-    print(f"{'policy':16} {'replay':>7} {'percents':>9} {'all':>7}   ns per page and step; percents and all in replays")
+    print(f"{'policy':16} {'replay':>7} {'curve':>7}   ns per page and step; the curve in replays")
     for spec in chosen.policies:
-        one, some, every = np.min([measure(spec, chosen.steps) for _ in range(chosen.repeats)], axis=0).mean(1)
-        print(f"{spec:16} {one:7.2f} {some:9.2f} {every:7.2f}   x{some / one:.2f}, x{every / one:.2f}")
+        one, every = np.min([measure(spec, chosen.steps) for _ in range(chosen.repeats)], axis=0).mean(1)
+        print(f"{spec:16} {one:7.2f} {every:7.2f}   x{every / one:.2f}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,8 +40,8 @@ class Curve:
     `points`: per budget, in the order asked for, `budget` (as written), `pages` (per lane, mean over requests),
     `page_hit_rate`, and `recall` in the lossy regime or `mass_hit_rate` where evicted pages come back; over all decode
     steps of all requests, as in the summary of a run. `method`: "one pass" or "one run per budget"; `reason`: why.
-    `full_rows`: the policy saw full rows. `at(budget)`: the point at any other budget; for nothing at one of the pass,
-    which also has those of `GRID`, else by a run.
+    `full_rows`: the policy saw full rows. `at(budget)`: the point at any other budget, for nothing after one pass, else
+    by a run.
     """
 
     config: RunConfig
@@ -192,16 +190,14 @@ def curve(
     setting = _prepared(trace, config or run_config(settings), rows)
     tell = _Counter(setting, progress)
     listed = None if budgets is None or isinstance(budgets, str) else [str(b) for b in budgets]
-    passes, reason = _one_pass(setting, _grid(setting, budgets, True) if listed is None else listed, tell)
+    passes, reason = _one_pass(setting, tell)
     chosen = _grid(setting, budgets, bool(passes)) if listed is None else listed
 
     def found(at: _Setting, request: Request) -> _Sums:
-        edges, mass, pages, least = passes[request.id]
+        mass, pages, least = passes[request.id]
         budget = min(at.budget(request), request.stride)
         if budget < least:
             new_cache(at, request, at.policy())  # refuses it
-        if budget not in edges:
-            return replayed(at, request)
         return _Sums(mass[budget], mass[-1], pages[budget], pages[-1])
 
     def replayed(at: _Setting, request: Request) -> _Sums:
@@ -281,17 +277,16 @@ def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request]
 
 
 class _Pass(NamedTuple):
-    """What one request's caches had on the GPU: the budgets that were looked at, by budget [stride + 1] the mass and
-    the used pages, and how many pages are protected."""
+    """What one request's caches had on the GPU: by budget [stride + 1] the mass and the used pages; and how many pages
+    are protected."""
 
-    edges: frozenset[int]
     mass: np.ndarray
     found: np.ndarray
     least: int
 
 
-def _one_pass(setting: _Setting, budgets: Iterable[str], tell: _Counter) -> tuple[dict[int, _Pass], str]:
-    """By request, what the caches of these budgets and of `GRID` had; nothing where they are not nested. And why."""
+def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, _Pass], str]:
+    """By request, what the caches of every budget had; nothing where they are not nested. And why."""
     policy = setting.policy()
     offload = None if setting.lossy else parse_spec(str(setting.config.offload)).name
     why_not = not_nested(policy)
@@ -299,8 +294,7 @@ def _one_pass(setting: _Setting, budgets: Iterable[str], tell: _Counter) -> tupl
         why_not = why_not or f'the offload policy "{offload}" may decide by what is on the GPU'
     passes = {}
     for request in setting.trace.requests() if why_not is None else ():
-        edges = frozenset({request.stride, *_pages(setting, request, (*budgets, *GRID))})
-        replay = Replay(setting, request, kind=partial(Stacks, edges=edges))
+        replay = Replay(setting, request, kind=Stacks)
         stacks = replay.cache
         assert isinstance(stacks, Stacks)
         for a, _ in replay:
@@ -308,16 +302,9 @@ def _one_pass(setting: _Setting, budgets: Iterable[str], tell: _Counter) -> tupl
                 return {}, why_not
             tell(a)
         head, tail = stacks.protected()
-        passes[request.id] = _Pass(edges, np.cumsum(stacks.mass), np.cumsum(stacks.found), int((head + tail).max()))
+        passes[request.id] = _Pass(np.cumsum(stacks.mass), np.cumsum(stacks.found), int((head + tail).max()))
     why = "who leaves is the same at every budget" if policy.bounded else "it keeps everything at every budget"
     return passes, why_not or why
-
-
-def _pages(setting: _Setting, request: Request, budgets: Iterable[str]) -> Iterator[int]:
-    """These budgets in pages of a request, without those that are none: the points say so."""
-    for budget in dict.fromkeys(budgets):
-        with suppress(ConfigError):
-            yield _with_budget(setting, budget).budget(request)
 
 
 def _with_budget(setting: _Setting, budget: str) -> _Setting:

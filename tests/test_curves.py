@@ -122,14 +122,14 @@ def test_lru_stack_distances_by_hand():
     spill = registry.build("spill", "offload")
     *_, stacks = drive("lru(recent=0)", references(names), 4, offload=spill, use=use, demand=use)
     assert stacks.found.tolist() == [3, 1, 0, 2, 1]  # b, c, d are born on the GPU, at any size; a is the prompt
-    assert stacks.table.key[0].tolist() == [2, 3, 1, 0]
+    assert stacks.listed(0)[:4].tolist() == [2, 3, 1, 0]
     assert [stacks.held(0, b) for b in (1, 2, 3)] == [{2}, {2, 3}, {1, 2, 3}]
 
 
 def test_h2o_stack_by_hand():
     """The published rows M1: sums after each row decide, the newest page stays; two pages are the prompt."""
     trace = matrix_trace(M1)
-    steps = [s.table.key[0, :5].tolist() for s in drive(  # prompt: 1.50, 0.50; the newest first
+    steps = [s.listed(0)[:5].tolist() for s in drive(  # prompt: 1.50, 0.50; the newest first
         "h2o(recent=1)", trace.requests()[0].accesses(), 6)]  # fmt: skip
     assert steps[0][:2] == [1, 0]
     assert steps[1][:3] == [2, 0, 1]  # 2.28 and 0.52

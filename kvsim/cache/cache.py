@@ -169,9 +169,8 @@ class Cache(Lanes):
     def _enter(self, a: Access) -> None:
         """New pages get their lines; pages that a sliding window has left behind lose theirs."""
         if a.prefill:
-            slots = self.stride if not self.lossy else max(a.keys, int(self.budget.max()) + self.policy.lag) + 1
             own = self.tiers.columns if self.tiers else {}
-            self.table = Table(self.lanes, slots, {**self.policy.columns, **own})
+            self.table = Table(self.lanes, self.lines(a), {**self.policy.columns, **own})
             self.table.fill(a.keys)
             self.view.bind(self.table)
             self.fused = self._fuse(a)
@@ -182,6 +181,10 @@ class Cache(Lanes):
         if a.first.any():
             gone = self.table.key < self.per_lane(a.first)[:, None]
             self.table.release_where(gone & (self.table.key >= 0))
+
+    def lines(self, a: Access) -> int:
+        """Of the table, at first."""
+        return self.stride if not self.lossy else max(a.keys, int(self.budget.max()) + self.policy.lag) + 1
 
     def _fuse(self, a: Access) -> fused.Fused | None:
         """The policy's compiled loops, where the steps that this request may take pay for them."""

@@ -185,30 +185,25 @@ def _note_uses(peak, key, least, first, uses):
 def _tally(t, row, peak, keys, page, weight, top, need, need_key, places):
     """Add the weights and the used pages at each place of a stack, which is a slot here (`kvsim.cache.stack`).
 
-    `places`: sums of weights and numbers of pages, [groups, places + 1], of `TOGETHER` lanes each, which stay in a near
+    `places`: sums of weights and numbers of pages, [groups, slots + 1], of `TOGETHER` lanes each, which stay in a near
     cache; by lane the number of those that have not entered the stacks (their weights are at 0); the key from which on
-    they are; by lane, how many places there are, and the first key that is visible: once a window has moved, there
-    may be other lines between those of the stack.
+    they are; by lane, the first key that is visible.
     """
-    mass, found, found_new, entered, depth, visible = places
+    mass, found, found_new, entered, visible = places
     mass, found, need_key = mass[t // TOGETHER], found[t // TOGETHER], np.int32(need_key)
     for k in range(max(entered, visible[t]), keys):
         mass[0] += row[k]
         found_new[t] += _is_used(peak[k], k, need, need_key)
-    if visible[t] > 0:
-        entered = np.int32(entered)
-        for s in range(depth[t]):
-            mass[s + 1] += weight[s] * np.float32(page[s] < entered)
-        for s in range(depth[t]):
+    entered = np.int32(entered)
+    for s in range(page.shape[0]):
+        mass[s + 1] += weight[s] * np.float32(page[s] < entered)
+    if need > 0 and need_key <= 0:  # a page of any key; the peak of an empty line is 0
+        for s in range(page.shape[0]):
+            found[s + 1] += np.int32((top[s] >= need) & (page[s] < entered))
+    else:
+        for s in range(page.shape[0]):
             standing = (page[s] >= 0) & (page[s] < entered)
             found[s + 1] += np.int32(standing & _is_used(top[s], page[s], need, need_key))
-    else:
-        for s in range(depth[t]):
-            mass[s + 1] += weight[s]
-        for s in range(depth[t] if need_key > 0 else 0):
-            found[s + 1] += np.int32(_is_used(top[s], page[s], need, need_key))
-        for s in range(depth[t] if need_key <= 0 else 0):  # the same, of any key
-            found[s + 1] += np.int32(top[s] >= need)
 
 
 @njit(**_JIT)

@@ -7,14 +7,19 @@ at its place B stands that one page. The order may be another one at every step,
 than that caches of all sizes use the same.
 
 A page that enters goes down the list. At place B meet the page that the cache of B - 1 pages has let go and the one
-page that the cache of B held more: the higher of the two is what the larger cache now has more, the lower goes on. Of
-several pages that enter at once, those not yet placed are a heap. An empty place (its page came back to the top, or a
-sliding window left it behind) takes what comes down, since no cache from that size on is full.
+page that the cache of B held more: the higher of the two is what the larger cache now has more, the lower goes on. So
+what comes to a place is the lowest of all above it, and a page moves where it is lower than that. An empty place (its
+page came back to the top, or a sliding window left it behind) takes what comes down, since no cache from that size on
+is full. Of several pages that enter at once, those not yet placed are a heap.
+
+Places are the slots of the table, so the one pass that looks up every page's weight tells them by place. To have many
+places done at once, the list is cut in strips that lie side by side: the lowest of each strip say what comes down to
+the next, and then all strips go down together, one row of slots at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,16 +27,16 @@ from numba import njit
 
 from kvsim.cache import fused, threads
 from kvsim.cache.cache import Cache
-from kvsim.cache.kernels import _JIT, _LAST, TOGETHER, _is_used, _line_up, _ordered, _rank
+from kvsim.cache.kernels import _JIT, _LAST, TOGETHER, _is_used, _ordered, _rank
 from kvsim.cache.outcome import Outcome
 from kvsim.cache.view import protected
 from kvsim.trace.access import Access
 
+_STRIPS, _ROWS = 32, 4  # places that are done at once, and rows of them that are taken together
 _KEY = np.uint64(2**31 - 1)  # the part of a rank that is its key + 1
 _PINNED = np.uint64((2**33 - 1) << 31)  # above every rank: what may not leave
 _GONE = np.uint64(0)  # below every rank: what is not in the stack any more
 _NOBODY = np.int32(-(2**31))  # the order of an empty place, below every score's
-_COARSE = 16  # places per bucket from which on buckets pay
 _OF_ROWS = frozenset({"last", "uses", "mass", "weights"})  # columns that are made from rows
 
 
@@ -54,44 +59,42 @@ def not_nested(policy: Any) -> str | None:
 
 
 class Stacks(Cache):
-    """The caches of all budgets of one request: a full cache that keeps their stacks beside its table.
+    """The caches of all budgets of one request: a full cache whose table is their stacks.
 
-    Arguments as in `Cache`, with a budget of the whole request, and `edges`: the budgets that are wanted (None: all).
-    `mass` (float64) and `found` (int64), [stride + 1]: summed over decode steps and row lanes, the attention mass and
-    the used (or needed) pages that were on the GPU at place B of the stacks; at 0, of pages that every cache has,
-    whatever its size (new ones, before a decision). Their cumulative sums at an edge are those of the cache of that
-    budget, the last one that of the full cache.
+    Arguments as in `Cache`, with a budget of the whole request. `mass` (float64) and `found` (int64), [stride + 1]:
+    summed over decode steps and row lanes, the attention mass and the used (or needed) pages that were on the GPU at
+    place B of the stacks; at 0, of pages that every cache has, whatever its size (new ones, before a decision). Their
+    cumulative sums are those of the caches of B pages, the last one that of the full cache.
     """
 
     chooses = False
 
-    def __init__(self, *args: Any, edges: Iterable[int] | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        edges = range(1, self.stride) if edges is None else edges
-        self.edges = np.array(sorted({self.stride, *(e for e in edges if 0 < e < self.stride)}), np.int64)
-        self.coarse = len(self.edges) * _COARSE <= self.stride  # buckets, not places
-        self.depth = np.zeros(self.lanes, np.int64)  # places in use
+        height = -(-self.stride // (_STRIPS * _ROWS)) * _ROWS
+        self._slots = np.arange(height * _STRIPS).reshape(height, _STRIPS).T.ravel()  # by place
         self.entered = 0  # keys below have entered the stacks; the others are in every cache
-        places = (-(-self.lanes // TOGETHER), self.stride + 1)
+        places = (-(-self.lanes // TOGETHER), len(self._slots) + 1)
         self._mass_at, self._found_at = np.zeros(places), np.zeros(places, np.int32)  # a page a step and row at most
         self._found_new = np.zeros(self.lanes, np.int64)
-        self._to, self._source = np.empty((2, self.lanes, self.stride), np.int32)  # the pages that move
+        self._to, self._source = np.empty((2, self.lanes, len(self._slots)), np.int32)
+        self._moves = np.empty(self.lanes, np.int64)
         self._score = np.empty((0, 0), np.float32)
         self._need, self._need_key = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)  # never looked at
-        self._moved = fused.columns_read(self.policy) - {
-            "key",
-            "weights",
-        }  # the one moves first, the other is made anew
+        self._moved = sorted(fused.columns_read(self.policy) - {"key", "weights"})  # these are moved first or made anew
 
     @property
     def mass(self) -> np.ndarray:
-        return self._mass_at.sum(0)
+        return self._by_place(self._mass_at.sum(0))
 
     @property
     def found(self) -> np.ndarray:
         found = self._found_at.sum(0, dtype=np.int64)
         found[0] = self._found_new.sum()
-        return found
+        return self._by_place(found)
+
+    def _by_place(self, column: np.ndarray) -> np.ndarray:
+        return np.concatenate([column[:1], column[1:][self._slots]])[: self.stride + 1]
 
     @property
     def depends(self) -> str | None:
@@ -107,18 +110,25 @@ class Stacks(Cache):
             return "it looks at when pages arrived on the GPU"
         return None
 
+    def listed(self, lane: int) -> np.ndarray:
+        """int32: the keys of a lane's stack by place, -1 at empty ones, as of the latest step."""
+        keys = self.table.key[lane, self._slots]
+        return np.where((keys >= self._first[lane]) & (keys < self.entered), keys, -1)
+
     def held(self, lane: int, budget: int) -> set[int]:
-        """Keys on the GPU of the cache of `budget` pages, one of the edges, as of the latest step."""
-        keys, first = self.table.key[lane, : min(budget, self.depth[lane])], self._first[lane]
-        entered = keys[(keys >= first) & (keys < self.entered)]
-        return {*entered.tolist(), *range(max(first, self.entered), self.view.keys)}
+        """Keys on the GPU of the cache of `budget` pages, as of the latest step."""
+        keys = self.listed(lane)[:budget]
+        return {*keys[keys >= 0].tolist(), *range(max(self._first[lane], self.entered), self.view.keys)}
+
+    def lines(self, a: Access) -> int:
+        return len(self._slots)
 
     def each(self, loop: Callable[..., None], *arguments: Any) -> None:
         threads.each(loop, self.lanes, self.table.slots, *arguments, together=TOGETHER)
 
     def places(self, a: Access) -> tuple:
         self._first = self.per_lane(a.first)
-        return self._mass_at, self._found_at, self._found_new, self.entered, self.depth, self._first
+        return self._mass_at, self._found_at, self._found_new, self.entered, self._first
 
     def _settle(self, a: Access, out: Outcome) -> None:
         self._first = self.per_lane(a.first)
@@ -133,17 +143,16 @@ class Stacks(Cache):
         if not self.lossy:
             limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
         pinned = a.keys - 1 if a.tokens % self.page_size else -1
-        moves = np.empty(self.lanes, np.int64)
         self.each(
-            descend, score, t.key, t.copies, t.free, t.free_count, a.keys, self._first, head, a.keys - tail, pinned,
-            peak, *limits, not self.lossy, self.entered, self.edges, self.coarse, self.depth, self._to, self._source,
-            moves,
+            descend, score, t.key, t.copies, t.free, t.free_count, self._slots, a.keys, head, a.keys - tail, pinned,
+            peak, *limits, not self.lossy, self.entered, self._to, self._source, self._moves,
         )  # fmt: skip
-        self.check(a, moves)
-        for column in (*(getattr(t, name) for name in sorted(self._moved)), *t.private.values()):
+        self.check(a, self._moves)
+        for column in (*(getattr(t, name) for name in self._moved), *t.private.values()):
             unit = np.int32 if column.dtype.itemsize % 4 == 0 else np.uint8
-            lines = column.reshape(*column.shape[:2], -1).view(unit)
-            self.each(move, lines.swapaxes(1, 2), self._to, self._source, moves)
+            words = column.reshape(*column.shape[:2], -1).view(unit)
+            for i in range(words.shape[2]):
+                self.each(move, words[:, :, i], self._to, self._source, self._moves)
         self.entered = a.keys
 
     def _scores(self) -> np.ndarray:
@@ -160,37 +169,35 @@ class Stacks(Cache):
 
 @njit(**_JIT)
 def descend(
-    begin, end, score, key, copies, free, free_count, keys, first, head, tail, pinned, peak, need, need_key, comes_back,
-    entered, edges, coarse, depth, to, source, moves,
+    begin, end, score, key, copies, free, free_count, slots, keys, head, tail, pinned, peak, need, need_key, comes_back,
+    entered, to, source, moves,
 ):  # fmt: skip
     """Let pages go down the stacks of lanes `begin` to `end`: those from `entered` on, and with `comes_back` (the
     offload regime) every page that a row uses.
 
-    `first` by lane: keys below have been left behind by a window, so that there may be empty places. Order, `head`,
-    `tail` and `pinned` as in `kernels.victims`. `edges`, `coarse`: the budgets that are wanted, and
-    whether what is between them may be in any order. Pages change their slots: `moves[t]` of them, from `source[t]` to
-    `to[t]`; -1 where a score is NaN. What else the table knows of them is moved by `move`.
+    Order, `head`, `tail` and `pinned` as in `kernels.victims`; `slots`: those of the places. Pages change their slots:
+    `moves[t]` of them, from `source[t]` to `to[t]`; or, where that is more than there are slots, as `_pour` says. -1
+    where a score is NaN. What else the table knows of pages is moved by `move`.
     """
-    slots = key.shape[1]
+    n_slots = key.shape[1]
     group = peak.shape[0] // key.shape[0]
-    order, entering = np.empty(slots, np.int32), np.empty(slots, np.int32)
-    rank, heap, at = np.empty(slots, np.uint64), np.empty(slots, np.uint64), np.empty(keys + 1, np.int32)
-    carried = np.empty(slots, np.int32)
+    entering, carried = np.empty(n_slots, np.int32), np.empty(n_slots, np.int32)
+    rank, heap = np.empty(n_slots, np.uint64), np.empty(n_slots, np.uint64)
+    at, edge = np.empty(keys + 1, np.int32), np.empty(3 * _STRIPS, np.int32)
     for t in range(begin, end):
-        page, low, high = key[t], head[t], tail[t]
+        page, order, low, high = key[t], to[t], np.int32(head[t]), np.int32(tail[t])
+        below = min(high, np.int32(pinned)) if pinned >= 0 else high
         moves[t] = 0
-        if _line_up(score[t], page, np.int32(low), np.int32(min(high, pinned) if pinned >= 0 else high), order)[1]:
+        if _line_up_all(score[t], page, low, below, np.int32(entered), order):
             moves[t] = -1
             continue
         if keys == entered and not comes_back:
             continue
-        if first[t] > 0:
-            _empty(page, np.int32(entered), order)
-        if keys - entered == 1 and page[min(depth[t], slots - 1)] == entered:
-            n, entering[0] = 1, depth[t]
+        if keys - entered == 1 and page[free[t, free_count[t]]] == entered:  # the line taken last
+            n, entering[0] = 1, free[t, free_count[t]]
         else:
             n = _find_from(page, np.int32(entered), entering)
-        for s in range(slots if comes_back else 0):
+        for s in range(n_slots if comes_back else 0):
             enters, k = False, page[s]
             if 0 <= k < entered:
                 for m in range(t * group, (t + 1) * group):
@@ -198,56 +205,61 @@ def descend(
             if enters:
                 entering[n] = s
                 n += 1
-        if coarse and n == 1 and not comes_back:
-            places, count = _swap_down(
-                score[t], page, order, depth[t], low, high, pinned, edges, entering[0], to[t], source[t]
-            )
+        if n == 0:
+            continue
+        slot = last = entering[0]
+        if n == 1 and (pinned < 0 or high < keys or low <= 0):
+            k, first = page[slot], np.int32(_LAST)
+            if k >= low and k < below:
+                first = np.int32(_ordered(np.float32(score[t, slot])))
+            page[slot], order[slot] = -1, _NOBODY
+            last = _pour(order, page, first, k, slot, edge, source[t])
+            moves[t] = n_slots + 1
+            copies[t, slot] = 0
+            copies[t, last] = 1
         else:
-            for s in range(slots):
-                x = score[t, s]
-                rank[s] = _full_rank(x, page[s], low, high, pinned) if page[s] >= 0 else _GONE
+            for s in range(n_slots):
+                at[page[s] + 1] = s
+            for p in range(n_slots):
+                s = slots[p]
+                rank[p] = _full_rank(score[t, s], page[s], low, high, pinned) if order[s] != _NOBODY else _GONE
             for i in range(n):
                 s = entering[i]
-                at[page[s] + 1] = s
-                heap[i] = rank[s]
-                rank[s] = _GONE
-            for s in range(depth[t] if n > 1 else 0):
-                at[page[s] + 1] = s
-            places, count = _carry(rank, depth[t], heap, n, at, to[t], source[t])
-        moves[t] = count
-        for i in range(count):
-            carried[i] = page[source[t, i]]
-        for i in range(n):
-            page[entering[i]] = -1
-            copies[t, entering[i]] = 0
-        for i in range(count):
-            page[to[t, i]] = carried[i]
-            copies[t, to[t, i]] = 1
-        left = False
-        for i in range(n):
-            left = left or page[entering[i]] < 0
-        while places > 0 and page[places - 1] < 0:
-            places -= 1
-        depth[t] = places
-        if left:  # other lines are free now
+                heap[i] = _full_rank(score[t, s], page[s], low, high, pinned)
+                if page[s] < entered:
+                    rank[_place(s, n_slots)] = _GONE
+            moves[t] = count = _carry(rank, heap, n, at, slots, to[t], source[t])
+            for i in range(count):
+                carried[i] = page[source[t, i]]
+            for i in range(n):
+                page[entering[i]] = -1
+                copies[t, entering[i]] = 0
+            for i in range(count):
+                page[to[t, i]] = carried[i]
+                copies[t, to[t, i]] = 1
+            for i in range(n):
+                last = last if page[entering[i]] >= 0 else np.int32(-1)
+        if last != slot:  # other lines are free now
             free_count[t] = 0
-            for s in range(slots - 1, -1, -1):
-                if page[s] < 0:
-                    free[t, free_count[t]] = s
+            for p in range(n_slots - 1, -1, -1):
+                if page[slots[p]] < 0:
+                    free[t, free_count[t]] = slots[p]
                     free_count[t] += 1
 
 
 @njit(**_JIT)
 def move(begin, end, column, to, source, moves):
-    """Lines of a column [lanes, words, slots] to other slots."""
-    carried = np.empty(column.shape[2], column.dtype)
+    """What a column [lanes, slots] says of the pages that `descend` has moved."""
+    carried = np.empty(column.shape[1], column.dtype)
     for t in range(begin, end):
-        for w in range(column.shape[1]):
-            lines = column[t, w]
-            for i in range(moves[t]):
-                carried[i] = lines[source[t, i]]
-            for i in range(moves[t]):
-                lines[to[t, i]] = carried[i]
+        lines = column[t]
+        if moves[t] > lines.shape[0]:
+            _pour_column(lines, to[t], source[t], carried)
+            continue
+        for i in range(moves[t]):
+            carried[i] = lines[source[t, i]]
+        for i in range(moves[t]):
+            lines[to[t, i]] = carried[i]
 
 
 @njit(**_JIT)
@@ -268,11 +280,22 @@ def _find_from(key, first, slots):
     return n
 
 
+@njit(inline="always")
+def _place(slot, slots):
+    return slot % _STRIPS * (slots // _STRIPS) + slot // _STRIPS
+
+
 @njit(**_JIT)
-def _empty(key, entered, order):
-    """Below all, the places that are empty, which those of pages that have not entered are."""
+def _line_up_all(score, key, low, high, entered, order):
+    """`order`: of the stack's pages as their scores are, `_LAST` for those below `low` or from `high` on (who are never
+    asked for more; the older is the lower then), and `_NOBODY` elsewhere. Returns whether any page's score is NaN."""
+    bad = np.int32(0)
     for s in range(key.shape[0]):
-        order[s] = order[s] if (key[s] >= 0) & (key[s] < entered) else _NOBODY
+        x = np.float32(score[s])
+        bad = np.int32(bad | np.int32((key[s] >= 0) & (x != x)))
+        guarded = _ordered(x) if (key[s] >= low) & (key[s] < high) else np.int32(_LAST)
+        order[s] = guarded if (key[s] >= 0) & (key[s] < entered) else _NOBODY
+    return bad > 0
 
 
 @njit(inline="always")
@@ -282,62 +305,95 @@ def _full_rank(x, key, low, high, pinned):
 
 
 @njit(**_JIT)
-def _swap_down(score, key, order, depth, low, high, pinned, edges, slot, to, source):
-    """The page of `slot` goes down a stack whose buckets end at `edges`, of each of which it may take the place of the
-    lowest; `order`: of each place's page. Returns the stack's depth, and how many pages move."""
-    limit, start, count = np.int32(_LAST), 0, 0
-    if key[slot] >= low and key[slot] < high and key[slot] != pinned:
-        limit = np.int32(_ordered(np.float32(score[slot])))
-    for e in range(edges.shape[0]):
-        end = edges[e]
-        if end > depth:  # a cache that is not full
-            break
-        bucket, least = order[start:end], np.int32(_LAST)
-        for j in range(bucket.shape[0]):
-            least = min(least, bucket[j])
-        if least <= limit:
-            at = start + _lowest_of(bucket, key[start:end], score[start:end], least, low, high, pinned)
-            if least < limit or _full_rank(score[at], key[at], low, high, pinned) < _full_rank(
-                score[slot], key[slot], low, high, pinned
-            ):
-                to[count], source[count] = at, slot
-                count += 1
-                if least == _NOBODY:
-                    return depth, count
-                slot, limit = at, least
-        start = end
-    while start < depth and order[start] != _NOBODY:
-        start += 1
-    to[count], source[count] = start, slot
-    return max(depth, start + 1), count + 1
+def _pour(order, key, first, new, slot, edge, source):
+    """The page `new` of order `first` goes down a stack of pages `key`, all strips at once.
+
+    Where the page of a place goes on and another one stays, `order` becomes -1, elsewhere 0; `source`: for each strip,
+    from which slot that page came that entered it. Returns the slot that was empty and is not any more. `edge`, what
+    comes down to each strip: its order, its key, and its row, which is known only at the end: until then, that it came
+    from above is written as -1.
+    """
+    _lowest_of_strips(order, key, edge)
+    for i in range(_STRIPS):
+        lowest, oldest = edge[i], edge[_STRIPS + i]
+        edge[i], edge[_STRIPS + i], edge[2 * _STRIPS + i] = first, new, -1
+        if lowest < first or (lowest == first and oldest < new):
+            first, new = lowest, oldest
+    _pour_strips(order, key, edge)
+    for i in range(_STRIPS):
+        source[i] = slot
+        slot = edge[2 * _STRIPS + i] * _STRIPS + i if edge[2 * _STRIPS + i] >= 0 else slot
+    return slot
 
 
-@njit(inline="always")
-def _lowest_of(order, key, score, least, low, high, pinned):
-    """Where the lowest page is among those of order `least`, of which there is one: of protected pages by rank, of
-    others that of the lowest key."""
-    at, oldest, lowest = np.int32(_LAST), np.int32(_LAST), _PINNED | _KEY
-    for s in range(key.shape[0] if least == np.int32(_LAST) else 0):
-        if order[s] == least and _full_rank(score[s], key[s], low, high, pinned) <= lowest:
-            oldest, lowest = key[s], _full_rank(score[s], key[s], low, high, pinned)
-    for s in range(key.shape[0] if least < np.int32(_LAST) else 0):
-        oldest = min(oldest, key[s] if order[s] == least else np.int32(_LAST))
-    for s in range(key.shape[0]):
-        at = min(at, np.int32(s) if key[s] == oldest else np.int32(_LAST))
-    return at
+# Loops over a few rows of slots. A processor does their places at once where no more than three arrays could overlap
+# (hence one array `edge`), numbers are of 32 bits (rows, not slots), and what is read is not stored again, or not, as a
+# condition has it (hence exclusive or).
 
 
 @njit(**_JIT)
-def _carry(rank, depth, heap, n, at, to, source):
-    """The first `n` ranks of `heap` go down a stack whose places have pages of the ranks `rank`; `at`: slot by key + 1.
-    Returns the stack's depth, and how many pages move."""
+def _lowest_of_strips(order, key, edge):
+    """Into `edge`: the order and the key of the lowest page of each strip."""
+    for i in range(2 * _STRIPS):
+        edge[i] = _LAST
+    for begin in range(0, order.shape[0], _ROWS * _STRIPS):
+        o, k = order[begin : begin + _ROWS * _STRIPS], key[begin : begin + _ROWS * _STRIPS]
+        for i in range(_STRIPS):
+            lowest, oldest = edge[i], edge[_STRIPS + i]
+            for s in range(i, i + _ROWS * _STRIPS, _STRIPS):
+                lower = (o[s] < lowest) | ((o[s] == lowest) & (k[s] < oldest))
+                oldest = k[s] if lower else oldest
+                lowest = min(lowest, o[s])
+            edge[i], edge[_STRIPS + i] = lowest, oldest
+
+
+@njit(**_JIT)
+def _pour_strips(order, key, edge):
+    for row in range(0, order.shape[0] // _STRIPS, _ROWS):
+        begin = row * _STRIPS
+        o, k = order[begin : begin + _ROWS * _STRIPS], key[begin : begin + _ROWS * _STRIPS]
+        top = np.int32(row)
+        for i in range(_STRIPS):
+            lowest, page, its = edge[i], edge[_STRIPS + i], edge[2 * _STRIPS + i]
+            for r in range(_ROWS):
+                s = r * _STRIPS + i
+                here, there = o[s], k[s]
+                goes = (here < lowest) | ((here == lowest) & (there < page))
+                o[s] = np.int32(0) - np.int32(goes)
+                k[s] = page if goes else there
+                page = there if goes else page
+                its = np.int32(top + np.int32(r)) if goes else its
+                lowest = min(lowest, here)
+            edge[i], edge[_STRIPS + i], edge[2 * _STRIPS + i] = lowest, page, its
+
+
+@njit(**_JIT)
+def _pour_column(column, goes, source, edge):
+    """What a column says goes the way of the pages; `goes`, `source` as `_pour` left them."""
+    for i in range(_STRIPS):
+        edge[i] = column[source[i]]
+    for begin in range(0, column.shape[0], _ROWS * _STRIPS):
+        x, g = column[begin : begin + _ROWS * _STRIPS], goes[begin : begin + _ROWS * _STRIPS]
+        for i in range(_STRIPS):
+            value = edge[i]
+            for s in range(i, i + _ROWS * _STRIPS, _STRIPS):
+                other = (x[s] ^ value) & g[s]
+                x[s] ^= other
+                value ^= other
+            edge[i] = value
+
+
+@njit(**_JIT)
+def _carry(rank, heap, n, at, slots, to, source):
+    """The first `n` ranks of `heap` go down a stack whose places have pages of the ranks `rank`; `at`: slot by key + 1,
+    `slots`: by place. Returns how many pages move."""
     for i in range(n // 2 - 1, -1, -1):
         _sink(heap, n, i)
-    i, count = 0, 0
-    while n > 1 and i < depth:
-        r = rank[i]
+    p, count = 0, 0
+    while n > 0:
+        r = rank[p]
         if r < heap[0]:
-            to[count], source[count] = i, at[_key(heap[0])]
+            to[count], source[count] = slots[p], at[_key(heap[0])]
             count += 1
             if r == _GONE:
                 n -= 1
@@ -345,29 +401,8 @@ def _carry(rank, depth, heap, n, at, to, source):
             else:
                 heap[0] = r
             _sink(heap, n, 0)
-        i += 1
-    if n == 1:  # no branch, which would be guessed wrong too often
-        carried, slot = heap[0], np.int32(at[_key(heap[0])])
-        for j in range(i, depth):
-            r = rank[j]
-            lower = r < carried
-            to[count], source[count] = j, slot
-            count += lower
-            slot = np.int32(j) if lower else slot
-            carried = min(r, carried)
-        if carried > _GONE:
-            to[count], source[count] = depth, slot
-            count += 1
-            depth += 1
-        n = 0
-    while n > 0:
-        to[count], source[count] = depth, at[_key(heap[0])]
-        count += 1
-        depth += 1
-        n -= 1
-        heap[0] = heap[n]
-        _sink(heap, n, 0)
-    return depth, count
+        p += 1
+    return count
 
 
 @njit(inline="always")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,10 @@ def compare_sizes(
 ) -> tuple[str | None, int]:  # fmt: skip
     """The first difference, in words, on the first request of a trace, and how many sizes were compared.
 
-    `policy()` makes a fresh one; with a `demand` the regime is offload. `budgets`: those that are compared (None: all),
-    which are all that the pass looks at, in buckets; `fusing`: as of a cache, for both. Compared are the pages on the
-    GPU after every step, and the sums of attention mass and used pages found there, exactly. Where the caches are not
-    nested, by what is known before or turns out, nothing is.
+    `policy()` makes a fresh one; with a `demand` the regime is offload. `budgets`: those that are compared (None: all);
+    `fusing`: as of a cache, for both. Compared are the pages on the GPU after every step, and the sums of attention
+    mass and used pages found there, exactly. Where the caches are not nested, by what is known before or turns out,
+    nothing is.
     """
     request = trace.requests()[0]
 
@@ -46,11 +45,9 @@ def compare_sizes(
         made.fusing = fusing
         return made
 
-    budgets = None if budgets is None else sorted({request.stride, *(b for b in budgets if b < request.stride)})
-    stacks = cache(partial(Stacks, edges=budgets), request.stride)
-    stacks.coarse = budgets is not None
+    stacks = cache(Stacks, request.stride)
     single: dict[int, Cache] = {}
-    for budget in budgets or range(1, request.stride + 1):
+    for budget in sorted({min(b, request.stride) for b in budgets or range(1, request.stride + 1)}):
         try:
             single[budget] = cache(Cache, budget)
         except ConfigError:  # below what is protected
