@@ -22,6 +22,7 @@ _HOME = {
     "policy": "kvsim.registry",
     "offload": "kvsim.registry",
     "keep": "kvsim.cache.view",
+    "exp": "kvsim.cache.elementwise",
     "KvsimError": "kvsim.errors",
 }
 __all__ = ["__version__", *_HOME]

@@ -17,7 +17,7 @@ import numpy as np
 from kvsim.cache import fused, hooks, kernels, sized
 from kvsim.cache.demand import FAIR_SHARE, Use
 from kvsim.cache.lanes import Lanes
-from kvsim.cache.outcome import Outcome
+from kvsim.cache.outcome import Outcome, no_moves
 from kvsim.cache.table import COLUMNS, GPU, Table
 from kvsim.cache.tiers import Capacity, Tiers
 from kvsim.cache.view import Facts, locked, pages
@@ -77,6 +77,7 @@ class Cache(Lanes):
         self._used, self._found = np.empty(self.rows, np.int64), np.empty(self.rows, np.int64)
         self._renormalise = self.lossy and policy.rows == "visible"
         self._one = np.ones(self.lanes, np.int64)
+        self._unmoved = tuple(map(locked, no_moves(self.shape[0]))) if self.lossy else None
         self._cut = False  # has the budget been enforced yet?
         self.seen = self.table.key  # keys that attention may see in this step, [lanes, slots]; -1 elsewhere
         self.watch: Callable[[Access, np.ndarray], None] | None = None
@@ -105,7 +106,7 @@ class Cache(Lanes):
         row, peak = a.row.reshape(self.rows, -1), a.peak.reshape(self.rows, -1)
         self.view.now, self.view.keys, self.view.tokens, self.view.vectors = a.step, a.keys, a.tokens, a.vectors
         limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
-        out = Outcome.blank(self.rows, self.shape[0])
+        out = Outcome.blank(self.rows, self.shape[0], self._unmoved)
         if self.fused and self.fused.step and self.lossy and not (a.prefill or self.selects or self.watch):
             self._pass(self.fused, self.fused.step, a, row, peak, limits, out)
         else:
@@ -154,17 +155,17 @@ class Cache(Lanes):
             a.keys - tail, pinned, out.held, counts, *self._touching(a, row, peak, limits, out),
             *compiled.arguments(self.table, self.view),
         )  # fmt: skip
-        out.read = self.sum_layers(out.held)
+        left = kernels.add_up(out.held, counts, out.read)
         compiled.ask(self.view, "observe")
         if not due:
             self._settle(a, out)
             return
         self._cut = True
-        self.check(a, counts)
-        out.dropped = int(counts.sum())
-        if out.dropped:
+        if left:
+            self.check(a, counts)
             compiled.ask(self.view, "score")
             self.shrink()
+            out.dropped = left
 
     def _enter(self, a: Access) -> None:
         """New pages get their lines; pages that a sliding window has left behind lose theirs."""
@@ -184,13 +185,13 @@ class Cache(Lanes):
 
     def lines(self, a: Access) -> int:
         """Of the table, at first."""
-        return self.stride if not self.lossy else max(a.keys, int(self.budget.max()) + self.policy.lag) + 1
+        return self.stride if not self.lossy else max(a.keys, self.widest + self.policy.lag) + 1
 
     def _fuse(self, a: Access) -> fused.Fused | None:
         """The policy's compiled loops, where the steps that this request may take pay for them."""
         if self.fusing is not None:
             return fused.fuse(self.policy, math.inf) if self.fusing else None
-        slots = min(int(self.budget.max()), self.stride) if self.lossy else self.stride
+        slots = min(self.widest, self.stride) if self.lossy else self.stride
         return fused.fuse(self.policy, self.lanes * slots * (self.stride - a.keys) * self.page_size)
 
     def _read_set(self) -> np.ndarray:
@@ -333,6 +334,7 @@ class Cache(Lanes):
         if self.splits:
             wanted = self.broadcast(self.call("split", self.view), "budgets", np.int64, slots=1)
             self.budget[:] = np.clip(wanted[:, 0], 1, self.total)
+            self.widest = int(self.budget.max())
             self._protected = None
 
     def audit(self, a: Access) -> None:

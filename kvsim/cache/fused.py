@@ -6,8 +6,9 @@ is compiled, columns that no hook's text mentions are not kept up to date.
 A policy is NumPy text over whole columns. Where it is elementwise (arithmetic, comparisons, `np.where`, casts over
 columns, scalars of the view and the policy's parameters), the same text is one loop over the slots, which needs no
 array in between and no second pass for the victims. Nothing has to be declared: what is not elementwise, or could
-differ in its last bit, such as `np.exp`, or could change while it runs, such as a module's variable, runs as it is
-written. Types go by NumPy's own rules, operation by operation, so both ways decide the same; tests compare them.
+differ in its last bit, such as `np.exp` (but not `kvsim.exp`), or could change while it runs, such as a module's
+variable, runs as it is written. Types go by NumPy's own rules, operation by operation, so both ways decide the same;
+tests compare them.
 
 The loops are modules beside numba's cache of the kernels, named after what is in them, so they are compiled once.
 """
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvsim.cache import kernels
+from kvsim.cache import elementwise, kernels
 
 LOADING, COMPILING = 5e7, 1e9  # slots times steps from which a loop pays: loading it, and making it
 
@@ -50,11 +51,12 @@ _CHOICES = {
 
 _HOOKS = ("observe", "score", "select", "split")  # what a cache may ask in a decode step of the lossy regime
 _LOOKS_ROUND = {"eval", "exec", "locals", "vars", "globals"}  # by which a text reaches what it does not name
-_TOUCH = ", ".join(f"its_{n}" for n in list(inspect.signature(kernels.touch_lane.py_func).parameters)[3:])
+_TOUCH = ", ".join(f"its_{n}" for n in list(inspect.signature(kernels.touch_lane.py_func).parameters)[4:])
 
 _HEAD = '''"""Written by kvsim.cache.fused from {policy}."""
 import numpy as np
 from numba import njit
+from kvsim.cache.elementwise import exp_of
 from kvsim.cache.kernels import lowest, release_lane, take_line, touch_lane
 _JIT = {{"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}}
 '''
@@ -96,7 +98,7 @@ def step(
             s = take_line(t, key, copies, free, free_count, new_key)
             {start}
         held[t] = slots - free_count[t]
-        touch_lane(t, scratch, key, {touch})
+        touch_lane(t, scratch, held[t], key, {touch})
         {observe}
         counts[t] = 0
         if due and held[t] > budget[t]:
@@ -337,6 +339,9 @@ class _Translator:
                 return self._convert(self.value(value), self._type(kind), node)
             case ast.Call(_, arguments, []) as call:
                 callee = self._callee(call)
+                if callee is elementwise.exp and len(arguments) == 1:
+                    single = np.dtype(np.float32)
+                    return _Term(f"exp_of({_cast(self.value(arguments[0]), single)})", single)
                 if callee is np.where and len(arguments) == 3:
                     return self._where(*(self.value(a) for a in arguments))
                 if callee in _CHOICES and len(arguments) == 2:
@@ -391,7 +396,8 @@ class _Translator:
         one, two, result = callee.resolve_dtypes((a.kind, b.kind, None))
         if isinstance(a.kind, type) and isinstance(b.kind, type):
             raise self._refuse(left)
-        return _Term(_CHOICES[callee].format(a=_cast(a, one), b=_cast(b, two)), result)
+        form = _CHOICES[callee] if result.kind not in "iu" else callee.__name__[:3] + "({a}, {b})"  # others may be NaN
+        return _typed(form.format(a=_cast(a, one), b=_cast(b, two)), result)
 
     def _where(self, test: _Term, left: _Term, right: _Term) -> _Term:
         if test.kind != np.bool_:
@@ -415,8 +421,10 @@ class _Translator:
         return self._constant(node.func) if isinstance(node, ast.Call) else None
 
     def _constant(self, node: ast.expr) -> Any:
-        """What a name such as `np.where` is in the policy's module."""
+        """What a name such as `np.where` or `exp` is in the policy's module."""
         match node:
+            case ast.Name(name) if name not in self.names and self.module.get(name) is elementwise.exp:
+                return elementwise.exp
             case ast.Attribute(ast.Name(module), name) if self.module.get(module) is np and module not in self.names:
                 return getattr(np, name, None)
         return None
@@ -560,7 +568,7 @@ def _arguments(columns: Iterable[str], scalars: Iterable[str], lane: str = "") -
 @cache
 def _kernels() -> str:
     """The text of what the loops call, which numba does not look at when it finds them in its cache."""
-    return inspect.getsource(kernels)
+    return inspect.getsource(kernels) + inspect.getsource(elementwise)
 
 
 def _compiled(module: ModuleType) -> bool:

@@ -76,10 +76,10 @@ def row_totals(row, peak, keys, need, need_key, page_size, total, used):
 
 @njit(inline="always")
 def touch_lane(
-    t, scratch, key, row, peak, keys, weights, mass, last, uses, now, renormalise, use, absolute, page_size, missing,
-    need, need_key, total, used, hit, found, places,
+    t, scratch, pages, key, row, peak, keys, weights, mass, last, uses, now, renormalise, use, absolute, page_size,
+    missing, need, need_key, total, used, hit, found, places,
 ):  # fmt: skip
-    """What one step does to lane `t` of the table.
+    """What one step does to lane `t` of the table, in which `pages` lines are not empty.
 
     `weights`, `mass`, `last`, `uses`: columns, or None for those that nobody reads. `need`, `need_key` [row_lanes]: the
     limits of `Use`, from which a page counts as used on the full row; a lane of several rows compares means of peaks
@@ -115,17 +115,13 @@ def touch_lane(
     if group > 1:
         weight, top, factor = weight_sum, top_sum, np.float32(1.0) / np.float32(group)
         least *= factor
-    _times(weight, factor)
-    if weights is not None:
-        _copy(weights[t], weight)
-    if mass is not None:
-        _accumulate(mass[t], weight)
+    _note_weights(weight, factor, None if weights is None else weights[t], None if mass is None else mass[t])
     if last is not None or uses is not None:
         if renormalise:
-            tokens = np.float32(max(1, _filled(page) * page_size - missing))
+            tokens = np.float32(max(1, pages * page_size - missing))
             least = np.float32(use) if absolute else np.float32(use) / tokens
         if page_size > 1:
-            _times(top, factor)
+            _note_weights(top, factor, None, None)
         peaks, first = top if page_size > 1 else weight, max(np.int32(0), np.int32(least_key))
         if last is not None:
             _note_last(peaks, page, least, first, now, last[t])
@@ -145,34 +141,31 @@ def touch(
     scratch = np.empty((5, max(64, key.shape[1])), np.float32)
     for t in range(begin, end):
         touch_lane(
-            t, scratch, key, row, peak, keys, weights, mass, last, uses, now, renormalise, use, absolute, page_size,
-            missing, need, need_key, total, used, hit, found, places,
+            t, scratch, _filled(key[t]), key, row, peak, keys, weights, mass, last, uses, now, renormalise, use,
+            absolute, page_size, missing, need, need_key, total, used, hit, found, places,
         )  # fmt: skip
 
 
 @njit(**_JIT)
-def _copy(to, x):
-    for s in range(to.shape[0]):
-        to[s] = x[s]
-
-
-@njit(**_JIT)
-def _accumulate(total, x):
+def _note_weights(x, factor, weights, mass):
+    """`x` times `factor`, in place, into the columns that are kept."""
     for s in range(x.shape[0]):
-        total[s] += x[s]
-
-
-@njit(**_JIT)
-def _times(x, factor):
-    for s in range(x.shape[0]):
-        x[s] *= factor
+        x[s] = value = x[s] * factor
+        if weights is not None:
+            weights[s] = value
+        if mass is not None:
+            mass[s] += value
 
 
 @njit(**_JIT)
 def _note_last(peak, key, least, first, now, last):
     """When a page was used; the peak of an empty line is 0, and no limit is below that."""
-    for s in range(key.shape[0]):
-        last[s] = now if _is_used(peak[s], key[s], least, first) else last[s]
+    if least > 0 and first == 0:  # whatever the key
+        for s in range(peak.shape[0]):
+            last[s] = now if peak[s] >= least else last[s]
+    else:
+        for s in range(peak.shape[0]):
+            last[s] = now if _is_used(peak[s], key[s], least, first) else last[s]
 
 
 @njit(**_JIT)
@@ -210,9 +203,7 @@ def _tally(t, row, peak, keys, page, weight, top, need, need_key, places):
 def _look_up(row, key, need, need_key, strands, found):
     """What a row says of every page of a lane, 0 on empty lines; their sum, and how many of the pages it uses."""
     for s in range(key.shape[0]):
-        found[s] = row[max(key[s], np.int32(0))]
-    for s in range(key.shape[0]):
-        found[s] = found[s] if key[s] >= 0 else np.float32(0.0)
+        found[s] = row[np.uint32(key[s])] if key[s] >= 0 else np.float32(0.0)
     total, used = _sum_and_count(found, need, strands)
     if need == 0 or need_key > 0:  # not the empty lines, nor those that tie but are too old
         first = max(np.int32(0), np.int32(need_key))
@@ -350,6 +341,16 @@ def mark(chosen, counts, mask):
 
 
 @njit(**_JIT)
+def add_up(held, counts, read):
+    """`read`: the pages `held` in the lanes of each layer. Returns how many victims there are, or -1 as `victims`."""
+    total, group = 0, held.shape[0] // read.shape[0]
+    for t in range(held.shape[0]):
+        read[t // group] += held[t]
+        total = -1 if total < 0 or counts[t] < 0 else total + counts[t]
+    return total
+
+
+@njit(**_JIT)
 def count_copies(copies, bit):
     """Pages per lane with a copy in the tier `bit`."""
     out = np.zeros(copies.shape[0], np.int64)
@@ -417,10 +418,18 @@ def _append_first(order, key, want, out, n):
         for s in range(key.shape[0]):
             tied[s] = key[s] if order[s] == limit else np.int32(_LAST)
         last = np.int32(_nth(tied, ties))
-    for s in range(key.shape[0]):
-        if order[s] < limit or (order[s] == limit and key[s] <= last):
-            out[n] = s
-            n += 1
+    limit, whole = np.int32(limit), key.shape[0] - key.shape[0] % 64
+    for begin in range(0, key.shape[0], 64):
+        if begin < whole:  # few blocks have any
+            o, k, found = order[begin : begin + 64], key[begin : begin + 64], np.int32(0)
+            for j in range(64):
+                found = np.int32(found | np.int32((o[j] < limit) | ((o[j] == limit) & (k[j] <= last))))
+            if not found:
+                continue
+        for s in range(begin, min(begin + 64, key.shape[0])):
+            if order[s] < limit or (order[s] == limit and key[s] <= last):
+                out[n] = s
+                n += 1
     return n
 
 
@@ -438,9 +447,11 @@ def _nth(x, nth):
     least, most = np.int32(_LAST), np.int32(-_LAST - 1)
     for s in range(x.shape[0]):
         least = min(least, x[s])
+    if _count_to(x, least) >= nth:  # scores often tie
+        return np.int64(least)
     for s in range(x.shape[0]):
         most = max(most, x[s] if x[s] < np.int32(_LAST) else np.int32(-_LAST - 1))
-    low, high = np.int64(least) - 1, np.int64(most)
+    low, high = np.int64(least), np.int64(most)
     while high - low > 1:
         middle = low + (high - low) // 2
         count = _count_to(x, middle)

@@ -43,6 +43,7 @@ class Lanes:
         self.sizes = sized.sizes_of(facts, stride)  # None: every page is one
         self.total = stride if self.sizes is None else math.ceil(self.sizes.sum(dtype=np.float64))
         self.budget = np.full(self.lanes, min(budget, self.total) if policy.bounded else self.total, np.int64)
+        self.widest = int(self.budget[0])  # of all budgets
         self._protected: tuple[np.ndarray, np.ndarray] | None = None
         self.fused: fused.Fused | None = None  # the policy's hooks as compiled loops, where that pays
         self.table = Table(self.lanes, 0, {})
@@ -59,7 +60,7 @@ class Lanes:
 
     def shrink(self) -> None:
         """Once a long prompt is cut, the table is as wide as the budget again."""
-        needed = int(self.budget.max()) + self.policy.lag + 1
+        needed = self.widest + self.policy.lag + 1
         if 2 * needed < self.table.slots:
             needed = max(needed, int(self.table.filled().max()) + self.policy.lag + 1)
         if 2 * needed < self.table.slots:

@@ -51,13 +51,18 @@ class Outcome:
     moved: list[Move] = field(default_factory=list)
 
     @classmethod
-    def blank(cls, rows: int, layers: int) -> Outcome:
-        """Nothing found, nothing moved: `rows` row lanes, `layers` layers of the table."""
-        none = np.empty(0, np.int64)
+    def blank(cls, rows: int, layers: int, moved: tuple[np.ndarray, ...] | None = None) -> Outcome:
+        """Nothing found, nothing moved: `rows` row lanes, `layers` layers of the table. `moved`: what `no_moves` gave,
+        where steps may share it."""
         total, hit, attended = np.empty((3, rows), np.float32)
         used, found = np.empty((2, rows), np.int64)
-        read, rebuilt = np.zeros((2, layers), np.int64)
-        return cls(
-            total, hit, attended, used, found, none, none, read, rebuilt, np.zeros(layers, bool),
-            *np.zeros((5, 3, layers), np.int64),
-        )  # fmt: skip
+        read, moves = np.zeros(layers, np.int64), moved or no_moves(layers)
+        return cls(total, hit, attended, used, found, _NONE, _NONE, read, *moves)  # type: ignore[arg-type]
+
+
+_NONE = np.empty(0, np.int64)
+
+
+def no_moves(layers: int) -> tuple[np.ndarray, ...]:
+    """`rebuilt`, `awaits`, `fetched` to `spilled`: all zero."""
+    return np.zeros(layers, np.int64), np.zeros(layers, bool), *np.zeros((5, 3, layers), np.int64)

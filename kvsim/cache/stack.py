@@ -149,7 +149,7 @@ class Stacks(Cache):
         )  # fmt: skip
         self.check(a, self._moves)
         for column in (*(getattr(t, name) for name in self._moved), *t.private.values()):
-            unit = np.int32 if column.dtype.itemsize % 4 == 0 else np.uint8
+            unit = np.int32 if column.dtype.itemsize % 4 == 0 else np.int8
             words = column.reshape(*column.shape[:2], -1).view(unit)
             for i in range(words.shape[2]):
                 self.each(move, words[:, :, i], self._to, self._source, self._moves)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvsim.cache.elementwise import exp
 from kvsim.cache.view import protected
 from kvsim.policies.parameters import choice, number, windowed
 from kvsim.registry import policy
@@ -132,21 +133,14 @@ class LazyEviction:
         ts[:] = new
 
     def score(self, view):
-        ts, mri = view["ts"].astype(np.float32), view["mri"].astype(np.float32)
-        with np.errstate(over="ignore"):
-            now = np.float32(np.asarray(view.now, view["ts"].dtype))
-            since = _falling(1 + (now - ts) / (mri + np.float32(1e-5)))
-            score = since + (mri != 0) * _falling(mri - 1)
+        ts, mri, now = view["ts"].astype(np.float32), view["mri"].astype(np.float32), np.float32(view.now)
+        if self.dtype == "fp16":
+            now = np.float32(np.float16(view.now))
+        since = 2 / (1 + exp(1 + (now - ts) / (mri + np.float32(1e-5))))
+        score = since + np.where(mri != 0, 2 / (1 + exp(mri - 1)), np.float32(0))
         if self.tie == "newest":
             return score
         return _ranked(score, -view.key if self.tie == "oldest" else view.weights)
-
-
-def _falling(x: np.ndarray) -> np.ndarray:
-    """2 / (1 + exp(x)), in the memory of `x`."""
-    np.exp(x, out=x)
-    x += 1
-    return np.divide(2, x, out=x)
 
 
 def _largest(value: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:
