@@ -10,7 +10,7 @@ A page that enters goes down the list. At place B meet the page that the cache o
 page that the cache of B held more: the higher of the two is what the larger cache now has more, the lower goes on. So
 what comes to a place is the lowest of all above it, and a page moves where it is lower than that. An empty place (its
 page came back to the top, or a sliding window left it behind) takes what comes down, since no cache from that size on
-is full. Of several pages that enter at once, those not yet placed are a heap.
+is full. Of several pages that enter at once, those not yet placed are a queue, the highest first.
 
 Places are the slots of the table, so the one pass that looks up every page's weight tells them by place. To have many
 places done at once, the list is cut in strips that lie side by side: the lowest of each strip say what comes down to
@@ -182,7 +182,7 @@ def descend(
     n_slots = key.shape[1]
     group = peak.shape[0] // key.shape[0]
     entering, carried = np.empty(n_slots, np.int32), np.empty(n_slots, np.int32)
-    rank, heap = np.empty(n_slots, np.uint64), np.empty(n_slots, np.uint64)
+    rank, queue = np.empty(n_slots, np.uint64), np.empty(2 * n_slots, np.uint64)
     at, edge = np.empty(keys + 1, np.int32), np.empty(3 * _STRIPS, np.int32)
     for t in range(begin, end):
         page, order, low, high = key[t], to[t], np.int32(head[t]), np.int32(tail[t])
@@ -220,15 +220,14 @@ def descend(
         else:
             for s in range(n_slots):
                 at[page[s] + 1] = s
-            for p in range(n_slots):
-                s = slots[p]
-                rank[p] = _full_rank(score[t, s], page[s], low, high, pinned) if order[s] != _NOBODY else _GONE
+            for s in range(n_slots):
+                x = score[t, s]
+                rank[s] = _full_rank(x, page[s], low, high, pinned) if page[s] >= 0 else _GONE
             for i in range(n):
-                s = entering[i]
-                heap[i] = _full_rank(score[t, s], page[s], low, high, pinned)
-                if page[s] < entered:
-                    rank[_place(s, n_slots)] = _GONE
-            moves[t] = count = _carry(rank, heap, n, at, slots, to[t], source[t])
+                queue[i] = rank[entering[i]]
+                rank[entering[i]] = _GONE
+            _sort(queue[:n])
+            moves[t] = count = _carry(rank, queue, n, at, slots, to[t], source[t])
             for i in range(count):
                 carried[i] = page[source[t, i]]
             for i in range(n):
@@ -278,11 +277,6 @@ def _find_from(key, first, slots):
                 slots[n] = s
                 n += 1
     return n
-
-
-@njit(inline="always")
-def _place(slot, slots):
-    return slot % _STRIPS * (slots // _STRIPS) + slot // _STRIPS
 
 
 @njit(**_JIT)
@@ -384,23 +378,27 @@ def _pour_column(column, goes, source, edge):
 
 
 @njit(**_JIT)
-def _carry(rank, heap, n, at, slots, to, source):
-    """The first `n` ranks of `heap` go down a stack whose places have pages of the ranks `rank`; `at`: slot by key + 1,
-    `slots`: by place. Returns how many pages move."""
-    for i in range(n // 2 - 1, -1, -1):
-        _sink(heap, n, i)
-    p, count = 0, 0
-    while n > 0:
-        r = rank[p]
-        if r < heap[0]:
-            to[count], source[count] = slots[p], at[_key(heap[0])]
+def _carry(rank, queue, n, at, slots, to, source):
+    """The first `n` ranks of `queue`, the highest first, go down a stack of pages of the ranks `rank`; `at`: slot by
+    key + 1, `slots`: by place. Returns how many pages move.
+
+    What a place lets go is mostly lower than all that is in the queue, as in a stack of pages by age.
+    """
+    begin, end, p, count = 0, n, 0, 0
+    while begin < end:
+        s = slots[p]
+        r = rank[s]
+        if r < queue[begin]:
+            to[count], source[count] = s, at[_key(queue[begin])]
             count += 1
-            if r == _GONE:
-                n -= 1
-                heap[0] = heap[n]
-            else:
-                heap[0] = r
-            _sink(heap, n, 0)
+            begin += 1
+            if r != _GONE:
+                i = end
+                while i > begin and queue[i - 1] < r:
+                    queue[i] = queue[i - 1]
+                    i -= 1
+                queue[i] = r
+                end += 1
         p += 1
     return count
 
@@ -411,15 +409,26 @@ def _key(rank):
     return np.int64(rank & _KEY)
 
 
+@njit(**_JIT)
+def _sort(x):
+    """The highest first, in place. (NumPy's takes seconds to compile.)"""
+    n = x.shape[0]
+    for i in range(n // 2 - 1, -1, -1):
+        _sink(x, n, i)
+    for end in range(n - 1, 0, -1):
+        x[0], x[end] = x[end], x[0]
+        _sink(x, end, 0)
+
+
 @njit(inline="always")
 def _sink(heap, n, i):
-    """Put `heap[i]` where it belongs below it: no rank is above its parent's, (i - 1) // 2."""
+    """Put `heap[i]` where it belongs below it: no number is below its parent, (i - 1) // 2."""
     x = heap[i]
     child = 2 * i + 1
     while child < n:
-        if child + 1 < n and heap[child + 1] > heap[child]:
+        if child + 1 < n and heap[child + 1] < heap[child]:
             child += 1
-        if heap[child] <= x:
+        if heap[child] >= x:
             break
         heap[i] = heap[child]
         i, child = child, 2 * child + 1
