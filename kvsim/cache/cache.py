@@ -8,7 +8,7 @@ still counted in the step it leaves after.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -140,19 +140,14 @@ class Cache(Lanes):
         else:
             self._enter(a)
         self.seen = self.table.key
-        due = (
-            self.chooses
-            and compiled.chooses
-            and self.evicts
-            and self.sizes is None
-            and not self.splits
-            and self._due(a)
-        )
+        whole = self.chooses and compiled.chooses and self.evicts and self.sizes is None and not self.splits
+        due = whole and self._due(a)
+        kept = compiled.kept_between if whole else compiled.kept
         pinned = a.keys - 1 if a.tokens % self.page_size else -1
         out.held, counts = np.empty((2, self.lanes), np.int64)
         self.each(
             step, *self.table.lines, new_key, due, self.budget, self._batch(a, head, tail), head,
-            a.keys - tail, pinned, out.held, counts, *self._touching(a, row, peak, limits, out),
+            a.keys - tail, pinned, out.held, counts, *self._touching(a, row, peak, limits, out, kept),
             *compiled.arguments(self.table, self.view),
         )  # fmt: skip
         left = kernels.add_up(out.held, counts, out.read)
@@ -227,11 +222,12 @@ class Cache(Lanes):
                 out.used[:] = out.found[:] = self._used
                 out.hit[:] = row[:, : a.keys].sum(1)
         else:
-            self.each(kernels.touch, self.seen, *self._touching(a, row, peak, limits, out))
+            kept = self.fused.kept if self.fused and self.lossy else COLUMNS
+            self.each(kernels.touch, self.seen, *self._touching(a, row, peak, limits, out, kept))
 
-    def _touching(self, a: Access, row, peak, limits, out: Outcome) -> tuple:
+    def _touching(self, a: Access, row, peak, limits, out: Outcome, kept: Collection[str]) -> tuple:
         """What `kernels.touch` asks for, beside the keys; in the offload regime `find` has counted already."""
-        t, kept = self.table, self.fused.kept if self.fused and self.lossy else COLUMNS
+        t = self.table
         found = (out.used, out.hit, out.found) if self.lossy else (self._used, self._hit, self._found)
         return (
             row, peak, a.keys, *(getattr(t, n) if n in kept else None for n in ("weights", "mass", "last", "uses")),

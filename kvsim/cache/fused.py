@@ -98,7 +98,7 @@ def step(
             s = take_line(t, key, copies, free, free_count, new_key)
             {start}
         held[t] = slots - free_count[t]
-        touch_lane(t, scratch, held[t], key, {touch})
+        touched = touch_lane(t, scratch, held[t], key, {touch})
         {observe}
         counts[t] = 0
         if due and held[t] > budget[t]:
@@ -473,11 +473,13 @@ class Fused:
 
     `observes`, `scores`, `victims` (scores and chooses), and `step`, all that happens between two steps of the lossy
     regime: the new page, where `inserts` (all private columns are known to it), the touch, `observe`, and who leaves,
-    where `chooses`. `kept`: columns that its hooks read; `score_column`: `Loop.column` of its score.
+    where `chooses`. `kept`: columns that its hooks read, and `kept_between` steps where all of them are part of it;
+    `score_column`: `Loop.column` of its score.
     """
 
     def __init__(self, policy: Any, loops: Mapping[str, Loop], module: ModuleType):
         self.policy, self.loops, self.kept = policy, loops, columns_read(policy)
+        self.kept_between = self.kept - {"weights"}
         self.columns, self.scalars = _union(loops, 1), _union(loops, 2)
         names = ("observes", "scores", "victims", "step")
         self.observes, self.scores, self.victims, self.step = (getattr(module, name, None) for name in names)
@@ -546,6 +548,7 @@ def _module(policy: Any, loops: Mapping[str, Loop]) -> str:
         text += _VICTIMS.format(every=every, score=score, values=values)
     if "observe" in loops or not callable(getattr(policy, "observe", None)):
         observe = f"_observe({lane['observe']})" if "observe" in loops else ""
+        observe, score, values = (re.sub(r"\bweights\[t\]", "touched", code) for code in (observe, score, values))
         read = columns_read(policy)
         start = [f"columns[{i}, t, s] = {'now' if i < 4 else 0}" for i, n in enumerate(_COLUMNS) if i and n in read]
         start += [f"own_{n[1:-1]}[t, s] = 0" for n in _union(loops, 1) if n[0] == "["]

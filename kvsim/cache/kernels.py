@@ -86,8 +86,8 @@ def touch_lane(
     and limits. Where pages are of one token, `peak` is `row`. `renormalise`: divide each row by what of it is visible,
     as the softmax over the surviving pages would; a page is then used when that weight reaches `use` (`absolute`) or
     `use` / visible tokens. `missing`: tokens the newest page still lacks. Returns per row lane `total` and `used`, as
-    `row_totals` does, the visible mass `hit`, and in `found` the visible pages that are used by the full row.
-    `places`: None, or what `_tally` needs.
+    `row_totals` does, the visible mass `hit`, and in `found` the visible pages that are used by the full row; and
+    gives back what `weights` is, or would be. `places`: None, or what `_tally` needs.
 
     Short loops over one lane, of few arrays each: a processor does eight lines at once only where no more than a few
     arrays could overlap, and one lane stays in its nearest cache.
@@ -127,6 +127,7 @@ def touch_lane(
             _note_last(peaks, page, least, first, now, last[t])
         if uses is not None:
             _note_uses(peaks, page, least, first, uses[t])
+    return weight
 
 
 @njit(**_JIT)

@@ -77,6 +77,8 @@ def run(trace, policy, budget, fusing, check=True, **regime):
     )
     cache.fusing = fusing
     kept = {*COLUMNS} if regime.get("offload") else {"key", "copies", *fused.columns_read(policy)}
+    if not regime.get("offload") and "score" in compiled(policy):
+        kept.discard("weights")  # of this step alone: if nothing else looks, they are nowhere but in the pass
     for a in request.accesses():
         out = cache.access(a)
         t = cache.table
