@@ -179,11 +179,10 @@ def descend(
     `moves[t]` of them, from `source[t]` to `to[t]`; or, where that is more than there are slots, as `_pour` says. -1
     where a score is NaN. What else the table knows of pages is moved by `move`.
     """
-    n_slots = key.shape[1]
-    group = peak.shape[0] // key.shape[0]
-    entering, carried = np.empty(n_slots, np.int32), np.empty(n_slots, np.int32)
+    n_slots, group = key.shape[1], peak.shape[0] // key.shape[0]
+    entering, carried, at = np.empty(n_slots, np.int32), np.empty(n_slots, np.int32), np.empty(keys + 1, np.int32)
     rank, queue = np.empty(n_slots, np.uint64), np.empty(2 * n_slots, np.uint64)
-    at, edge = np.empty(keys + 1, np.int32), np.empty(3 * _STRIPS, np.int32)
+    edge = np.empty(3 * _STRIPS, np.int32)
     for t in range(begin, end):
         page, order, low, high = key[t], to[t], np.int32(head[t]), np.int32(tail[t])
         below = min(high, np.int32(pinned)) if pinned >= 0 else high
@@ -207,16 +206,14 @@ def descend(
                 n += 1
         if n == 0:
             continue
-        slot = last = entering[0]
-        if n == 1 and (pinned < 0 or high < keys or low <= 0):
+        if n == 1 and (pinned < 0 or high < keys or low <= 0):  # else a protected page may have to leave
+            slot = entering[0]
             k, first = page[slot], np.int32(_LAST)
             if k >= low and k < below:
                 first = np.int32(_ordered(np.float32(score[t, slot])))
-            page[slot], order[slot] = -1, _NOBODY
-            last = _pour(order, page, first, k, slot, edge, source[t])
+            page[slot], order[slot], copies[t, slot] = -1, _NOBODY, 0
+            copies[t, _pour(order, page, first, k, slot, edge, source[t])] = 1
             moves[t] = n_slots + 1
-            copies[t, slot] = 0
-            copies[t, last] = 1
         else:
             for s in range(n_slots):
                 at[page[s] + 1] = s
@@ -231,14 +228,13 @@ def descend(
             for i in range(count):
                 carried[i] = page[source[t, i]]
             for i in range(n):
-                page[entering[i]] = -1
-                copies[t, entering[i]] = 0
+                page[entering[i]], copies[t, entering[i]] = -1, 0
             for i in range(count):
-                page[to[t, i]] = carried[i]
-                copies[t, to[t, i]] = 1
-            for i in range(n):
-                last = last if page[entering[i]] >= 0 else np.int32(-1)
-        if last != slot:  # other lines are free now
+                page[to[t, i]], copies[t, to[t, i]] = carried[i], 1
+        left = False
+        for i in range(n):
+            left = left or page[entering[i]] < 0
+        if left:  # other lines are free now
             free_count[t] = 0
             for p in range(n_slots - 1, -1, -1):
                 if page[slots[p]] < 0:
@@ -281,8 +277,9 @@ def _find_from(key, first, slots):
 
 @njit(**_JIT)
 def _line_up_all(score, key, low, high, entered, order):
-    """`order`: of the stack's pages as their scores are, `_LAST` for those below `low` or from `high` on (who are never
-    asked for more; the older is the lower then), and `_NOBODY` elsewhere. Returns whether any page's score is NaN."""
+    """`order`: of the stack's pages as their scores are, `_LAST` for those below `low` or from `high` on (which then go
+    by age: it shows in no cache that has room for all of them), and `_NOBODY` elsewhere. Returns whether any page's
+    score is NaN."""
     bad = np.int32(0)
     for s in range(key.shape[0]):
         x = np.float32(score[s])
