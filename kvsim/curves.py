@@ -133,13 +133,8 @@ def check_name(path: Path) -> None:
 
 def _column(values: list[Any]) -> np.ndarray:
     column = np.array(values)
-    return (
-        column.astype(object)
-        if column.dtype.kind == "U"
-        else column.astype(np.uint8)
-        if column.dtype == bool
-        else column
-    )
+    kinds = {"U": object, "b": np.uint8}
+    return column.astype(kinds.get(column.dtype.kind, column.dtype))
 
 
 @dataclass(frozen=True)
@@ -193,14 +188,14 @@ def curve(
     passes, reason = _one_pass(setting, tell)
     chosen = _grid(setting, budgets, bool(passes)) if listed is None else listed
 
-    def found(at: _Setting, request: Request) -> _Sums:
-        mass, pages, least = passes[request.id]
+    def found(at: _Setting, request: Request, number: int) -> _Sums:
+        mass, pages, least = passes[number]
         budget = min(at.budget(request), request.stride)
         if budget < least:
             new_cache(at, request, at.policy())  # refuses it
         return _Sums(mass[budget], mass[-1], pages[budget], pages[-1])
 
-    def replayed(at: _Setting, request: Request) -> _Sums:
+    def replayed(at: _Setting, request: Request, number: int) -> _Sums:
         return _replayed(at, request, tell)
 
     def at(budget: str) -> dict[str, Any]:
@@ -262,10 +257,10 @@ def _points(
     return points, f"; without {some}: {why.what}"
 
 
-def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request], _Sums]) -> dict[str, Any]:
+def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request, int], _Sums]) -> dict[str, Any]:
     at = _with_budget(setting, budget)
     requests = at.trace.requests()
-    sums = [measure(at, request) for request in requests]
+    sums = [measure(at, request, number) for number, request in enumerate(requests)]
     mass, weight, pages, used = (sum(column) for column in zip(*sums, strict=True))
     held = [min(at.budget(request), request.stride) for request in requests]
     return {
@@ -285,24 +280,24 @@ class _Pass(NamedTuple):
     least: int
 
 
-def _one_pass(setting: _Setting, tell: _Counter) -> tuple[dict[int, _Pass], str]:
+def _one_pass(setting: _Setting, tell: _Counter) -> tuple[list[_Pass], str]:
     """By request, what the caches of every budget had; nothing where they are not nested. And why."""
     policy = setting.policy()
     offload = None if setting.lossy else parse_spec(str(setting.config.offload)).name
     why_not = not_nested(policy)
     if offload not in (None, "spill"):
         why_not = why_not or f'the offload policy "{offload}" may decide by what is on the GPU'
-    passes = {}
+    passes = []
     for request in setting.trace.requests() if why_not is None else ():
         replay = Replay(setting, request, kind=Stacks)
         stacks = replay.cache
         assert isinstance(stacks, Stacks)
         for a, _ in replay:
             if why_not := stacks.depends:
-                return {}, why_not
+                return [], why_not
             tell(a)
         head, tail = stacks.protected()
-        passes[request.id] = _Pass(np.cumsum(stacks.mass), np.cumsum(stacks.found), int((head + tail).max()))
+        passes.append(_Pass(np.cumsum(stacks.mass), np.cumsum(stacks.found), int((head + tail).max())))
     why = "who leaves is the same at every budget" if policy.bounded else "it keeps everything at every budget"
     return passes, why_not or why
 

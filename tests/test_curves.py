@@ -144,6 +144,34 @@ def test_pages_that_never_enter_are_counted_whole():
     assert stacks.found[0] == before + 2**31 and before > 0
 
 
+def test_requests_of_one_number_are_counted_apart():
+    """In memory nobody numbers them."""
+    trace = timed(dense_trace([synthetic_source(20, 30, seed=i) for i in range(2)]))
+    one = curve(trace, policy="lru", rows="full", budgets=["25%"])
+    alone = [
+        curve(timed(dense_trace([s])), policy="lru", rows="full", budgets=["25%"]).points[0] for s in trace.sources
+    ]
+    assert one.points[0]["recall"] == pytest.approx(np.mean([p["recall"] for p in alone]), abs=1e-6)
+    assert abs(alone[0]["recall"] - alone[1]["recall"]) > 1e-3
+
+
+def test_scores_are_asked_where_a_cache_decides(tmp_path):
+    """Not while a page is being filled; what they would be then is nobody's concern."""
+    text = """import numpy as np
+from kvsim import policy
+
+@policy("picky")
+class Picky:
+    budget_free = True
+
+    def score(self, view):
+        return view.key if view.tokens % 4 == 1 or not view.now else np.full(view.key.shape, np.nan)
+"""
+    (file := tmp_path / "picky.py").write_text(text)
+    trace = replace(tiny_trace(prompt=16, steps=24), page_size=4)
+    assert compare_sizes(trace, lambda: registry.build(str(file)))[0] is None
+
+
 def test_places_left_empty_are_taken():
     """A window leaves pages behind in the middle of a stack; what comes down stays there."""
     trace = tiny_trace(seed=1, layers=1, heads=1, prompt=8, steps=6, windows=(5,))

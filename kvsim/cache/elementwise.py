@@ -24,7 +24,8 @@ def exp(x: np.ndarray) -> np.ndarray:
 
     Of a NaN it is NaN, beyond float32 infinite or 0, without a warning.
     """
-    x = np.ascontiguousarray(x, np.float32).reshape(np.shape(x))
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, np.float32).reshape(np.shape(x))
     out = np.empty_like(x)
     _exp_of_all(x.reshape(-1), out.reshape(-1))
     return out

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import kvsim
 from kvsim.cache import elementwise, kernels
 
 LOADING, COMPILING = 5e7, 1e9  # slots times steps from which a loop pays: loading it, and making it
@@ -427,6 +428,10 @@ class _Translator:
                 return elementwise.exp
             case ast.Attribute(ast.Name(module), name) if self.module.get(module) is np and module not in self.names:
                 return getattr(np, name, None)
+            case ast.Attribute(ast.Name(module), "exp") if (
+                self.module.get(module) is kvsim and module not in self.names
+            ):
+                return elementwise.exp
         return None
 
     def _refuse(self, node: ast.AST) -> Refused:
@@ -473,8 +478,8 @@ class Fused:
 
     `observes`, `scores`, `victims` (scores and chooses), and `step`, all that happens between two steps of the lossy
     regime: the new page, where `inserts` (all private columns are known to it), the touch, `observe`, and who leaves,
-    where `chooses`. `kept`: columns that its hooks read, and `kept_between` steps where all of them are part of it;
-    `score_column`: `Loop.column` of its score.
+    where `chooses`. `kept`: columns that its hooks read; `kept_between`: those of them that must outlast a step where
+    every hook is part of it; `score_column`: `Loop.column` of its score.
     """
 
     def __init__(self, policy: Any, loops: Mapping[str, Loop], module: ModuleType):

@@ -87,7 +87,7 @@ def touch_lane(
     as the softmax over the surviving pages would; a page is then used when that weight reaches `use` (`absolute`) or
     `use` / visible tokens. `missing`: tokens the newest page still lacks. Returns per row lane `total` and `used`, as
     `row_totals` does, the visible mass `hit`, and in `found` the visible pages that are used by the full row; and
-    gives back what `weights` is, or would be. `places`: None, or what `_tally` needs.
+    gives back what `weights` is, or would be, in memory of `scratch`. `places`: None, or what `_tally` needs.
 
     Short loops over one lane, of few arrays each: a processor does eight lines at once only where no more than a few
     arrays could overlap, and one lane stays in its nearest cache.

@@ -33,10 +33,12 @@ from kvsim.cache.view import protected
 from kvsim.trace.access import Access
 
 _STRIPS, _ROWS = 32, 4  # places that are done at once, and rows of them that are taken together
+_KEYS, _ROWS_OF = _STRIPS, 2 * _STRIPS  # where keys and rows begin in `edge`
 _KEY = np.uint64(2**31 - 1)  # the part of a rank that is its key + 1
 _PINNED = np.uint64((2**33 - 1) << 31)  # above every rank: what may not leave
 _GONE = np.uint64(0)  # below every rank: what is not in the stack any more
 _NOBODY = np.int32(-(2**31))  # the order of an empty place, below every score's
+_POURED = 2**31  # more pages than move one by one: they went as `_pour` says
 _OF_ROWS = frozenset({"last", "uses", "mass", "weights"})  # columns that are made from rows
 
 
@@ -61,7 +63,8 @@ def not_nested(policy: Any) -> str | None:
 class Stacks(Cache):
     """The caches of all budgets of one request: a full cache whose table is their stacks.
 
-    Arguments as in `Cache`, with a budget of the whole request. `mass` (float64) and `found` (int64), [stride + 1]:
+    Pages change their slots; columns that no hook reads stay where they are. Arguments as in `Cache`, with a budget of
+    the whole request. `mass` (float64) and `found` (int64), [stride + 1]:
     summed over decode steps and row lanes, the attention mass and the used (or needed) pages that were on the GPU at
     place B of the stacks; at 0, of pages that every cache has, whatever its size (new ones, before a decision). Their
     cumulative sums are those of the caches of B pages, the last one that of the full cache.
@@ -74,13 +77,13 @@ class Stacks(Cache):
         height = -(-self.stride // (_STRIPS * _ROWS)) * _ROWS
         self._slots = np.arange(height * _STRIPS).reshape(height, _STRIPS).T.ravel()  # by place
         self.entered = 0  # keys below have entered the stacks; the others are in every cache
-        places = (-(-self.lanes // TOGETHER), len(self._slots) + 1)
-        self._mass_at, self._found_at = np.zeros(places), np.zeros(places, np.int32)  # a page a step and row at most
+        sums = (-(-self.lanes // TOGETHER), len(self._slots) + 1)
+        self._mass_at, self._found_at = np.zeros(sums), np.zeros(sums, np.int32)  # a page a step and row at most
         self._found_new = np.zeros(self.lanes, np.int64)
         self._to, self._source = np.empty((2, self.lanes, len(self._slots)), np.int32)
         self._moves = np.empty(self.lanes, np.int64)
         self._score = np.empty((0, 0), np.float32)
-        self._need, self._need_key = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)  # never looked at
+        self._no_limits = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)  # never looked at
         self._moved = sorted(fused.columns_read(self.policy) - {"key", "weights"})  # these are moved first or made anew
 
     @property
@@ -132,14 +135,15 @@ class Stacks(Cache):
 
     def _settle(self, a: Access, out: Outcome) -> None:
         self._first = self.per_lane(a.first)
-        if self.evicts and self.policy.bounded and self._due(a):
+        enters = a.keys > self.entered or not self.lossy
+        if enters and self.evicts and self.policy.bounded and self._due(a):
             self._enter_stacks(a)
         if a.prefill:
             self.view.asked.clear()  # of the prompt all caches have seen the same
 
     def _enter_stacks(self, a: Access) -> None:
         t, score, (head, tail) = self.table, self._scores(), self.protected()
-        peak, limits = a.peak.reshape(self.rows, -1), (self._need, self._need_key)
+        peak, limits = a.peak.reshape(self.rows, -1), self._no_limits
         if not self.lossy:
             limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
         pinned = a.keys - 1 if a.tokens % self.page_size else -1
@@ -176,8 +180,8 @@ def descend(
     offload regime) every page that a row uses.
 
     Order, `head`, `tail` and `pinned` as in `kernels.victims`; `slots`: those of the places. Pages change their slots:
-    `moves[t]` of them, from `source[t]` to `to[t]`; or, where that is more than there are slots, as `_pour` says. -1
-    where a score is NaN. What else the table knows of pages is moved by `move`.
+    `moves[t]` of them, from `source[t]` to `to[t]`, or, if that is `_POURED`, as `_pour` says. -1 where a score is NaN.
+    What else the table knows of pages is moved by `move`.
     """
     n_slots, group = key.shape[1], peak.shape[0] // key.shape[0]
     entering, carried, at = np.empty(n_slots, np.int32), np.empty(n_slots, np.int32), np.empty(keys + 1, np.int32)
@@ -189,8 +193,6 @@ def descend(
         moves[t] = 0
         if _line_up_all(score[t], page, low, below, np.int32(entered), order):
             moves[t] = -1
-            continue
-        if keys == entered and not comes_back:
             continue
         if keys - entered == 1 and page[free[t, free_count[t]]] == entered:  # the line taken last
             n, entering[0] = 1, free[t, free_count[t]]
@@ -213,7 +215,7 @@ def descend(
                 first = np.int32(_ordered(np.float32(score[t, slot])))
             page[slot], order[slot], copies[t, slot] = -1, _NOBODY, 0
             copies[t, _pour(order, page, first, k, slot, edge, source[t])] = 1
-            moves[t] = n_slots + 1
+            moves[t] = _POURED
         else:
             for s in range(n_slots):
                 at[page[s] + 1] = s
@@ -224,22 +226,29 @@ def descend(
                 queue[i] = rank[entering[i]]
                 rank[entering[i]] = _GONE
             _sort(queue[:n])
-            moves[t] = count = _carry(rank, queue, n, at, slots, to[t], source[t])
-            for i in range(count):
+            moves[t] = _carry(rank, queue, n, at, slots, to[t], source[t])
+            for i in range(moves[t]):
                 carried[i] = page[source[t, i]]
             for i in range(n):
                 page[entering[i]], copies[t, entering[i]] = -1, 0
-            for i in range(count):
+            for i in range(moves[t]):
                 page[to[t, i]], copies[t, to[t, i]] = carried[i], 1
         left = False
         for i in range(n):
             left = left or page[entering[i]] < 0
-        if left:  # other lines are free now
-            free_count[t] = 0
-            for p in range(n_slots - 1, -1, -1):
-                if page[slots[p]] < 0:
-                    free[t, free_count[t]] = slots[p]
-                    free_count[t] += 1
+        if left:
+            free_count[t] = _list_empty(page, slots, free[t])
+
+
+@njit(**_JIT)
+def _list_empty(key, slots, free):
+    """Into `free` the empty lines, the one of the lowest place last, which is taken first; how many."""
+    n = 0
+    for p in range(key.shape[0] - 1, -1, -1):
+        if key[slots[p]] < 0:
+            free[n] = slots[p]
+            n += 1
+    return n
 
 
 @njit(**_JIT)
@@ -248,7 +257,7 @@ def move(begin, end, column, to, source, moves):
     carried = np.empty(column.shape[1], column.dtype)
     for t in range(begin, end):
         lines = column[t]
-        if moves[t] > lines.shape[0]:
+        if moves[t] == _POURED:
             _pour_column(lines, to[t], source[t], carried)
             continue
         for i in range(moves[t]):
@@ -297,29 +306,29 @@ def _full_rank(x, key, low, high, pinned):
 
 @njit(**_JIT)
 def _pour(order, key, first, new, slot, edge, source):
-    """The page `new` of order `first` goes down a stack of pages `key`, all strips at once.
+    """The page `new` of order `first` goes from `slot` down a stack of pages `key`, all strips at once.
 
-    Where the page of a place goes on and another one stays, `order` becomes -1, elsewhere 0; `source`: for each strip,
-    from which slot that page came that entered it. Returns the slot that was empty and is not any more. `edge`, what
-    comes down to each strip: its order, its key, and its row, which is known only at the end: until then, that it came
-    from above is written as -1.
+    `order` becomes a mask: -1 where the page of a place went on and another one stayed, else 0. `source`: for each
+    strip, from which slot that page came that entered it. Returns the slot that was empty and is not any more.
+    `edge`: of what comes down to each strip the order, the key, and the row, which is known only at the end: until
+    then, that it came from above is written as -1.
     """
     _lowest_of_strips(order, key, edge)
     for i in range(_STRIPS):
-        lowest, oldest = edge[i], edge[_STRIPS + i]
-        edge[i], edge[_STRIPS + i], edge[2 * _STRIPS + i] = first, new, -1
+        lowest, oldest = edge[i], edge[_KEYS + i]
+        edge[i], edge[_KEYS + i], edge[_ROWS_OF + i] = first, new, -1
         if lowest < first or (lowest == first and oldest < new):
             first, new = lowest, oldest
     _pour_strips(order, key, edge)
     for i in range(_STRIPS):
         source[i] = slot
-        slot = edge[2 * _STRIPS + i] * _STRIPS + i if edge[2 * _STRIPS + i] >= 0 else slot
+        slot = edge[_ROWS_OF + i] * _STRIPS + i if edge[_ROWS_OF + i] >= 0 else slot
     return slot
 
 
-# Loops over a few rows of slots. A processor does their places at once where no more than three arrays could overlap
-# (hence one array `edge`), numbers are of 32 bits (rows, not slots), and what is read is not stored again, or not, as a
-# condition has it (hence exclusive or).
+# Loops over a few rows of slots, written so that a processor does the places of a row at once: no more than three
+# arrays that could overlap (hence one `edge`), numbers of 32 bits (rows, not slots), and every store made, whatever the
+# condition (hence an exclusive or under a mask where one could swap).
 
 
 @njit(**_JIT)
@@ -330,22 +339,23 @@ def _lowest_of_strips(order, key, edge):
     for begin in range(0, order.shape[0], _ROWS * _STRIPS):
         o, k = order[begin : begin + _ROWS * _STRIPS], key[begin : begin + _ROWS * _STRIPS]
         for i in range(_STRIPS):
-            lowest, oldest = edge[i], edge[_STRIPS + i]
+            lowest, oldest = edge[i], edge[_KEYS + i]
             for s in range(i, i + _ROWS * _STRIPS, _STRIPS):
                 lower = (o[s] < lowest) | ((o[s] == lowest) & (k[s] < oldest))
                 oldest = k[s] if lower else oldest
                 lowest = min(lowest, o[s])
-            edge[i], edge[_STRIPS + i] = lowest, oldest
+            edge[i], edge[_KEYS + i] = lowest, oldest
 
 
 @njit(**_JIT)
 def _pour_strips(order, key, edge):
+    """`_pour`, between what comes down to each strip and what leaves it."""
     for row in range(0, order.shape[0] // _STRIPS, _ROWS):
         begin = row * _STRIPS
         o, k = order[begin : begin + _ROWS * _STRIPS], key[begin : begin + _ROWS * _STRIPS]
         top = np.int32(row)
         for i in range(_STRIPS):
-            lowest, page, its = edge[i], edge[_STRIPS + i], edge[2 * _STRIPS + i]
+            lowest, page, its = edge[i], edge[_KEYS + i], edge[_ROWS_OF + i]
             for r in range(_ROWS):
                 s = r * _STRIPS + i
                 here, there = o[s], k[s]
@@ -355,7 +365,7 @@ def _pour_strips(order, key, edge):
                 page = there if goes else page
                 its = np.int32(top + np.int32(r)) if goes else its
                 lowest = min(lowest, here)
-            edge[i], edge[_STRIPS + i], edge[2 * _STRIPS + i] = lowest, page, its
+            edge[i], edge[_KEYS + i], edge[_ROWS_OF + i] = lowest, page, its
 
 
 @njit(**_JIT)

@@ -135,7 +135,8 @@ class LazyEviction:
     def score(self, view):
         ts, mri, now = view["ts"].astype(np.float32), view["mri"].astype(np.float32), np.float32(view.now)
         if self.dtype == "fp16":
-            now = np.float32(np.float16(view.now))
+            with np.errstate(over="ignore"):
+                now = np.float32(np.float16(view.now))
         since = 2 / (1 + exp(1 + (now - ts) / (mri + np.float32(1e-5))))
         score = since + np.where(mri != 0, 2 / (1 + exp(mri - 1)), np.float32(0))
         if self.tie == "newest":
