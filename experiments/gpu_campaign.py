@@ -47,7 +47,9 @@ MODELS = {  # the first one's resident rows are fitted, the second also has the 
     "cuda": ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b"),
     "cpu": ("cpu-small", "cpu-wide", "cpu-deep"),
 }
+LISTED, LISTED_THREADS = "nvidia-h100-80gb-hbm3", (1, 2, 4, 8, 16)  # a list is of this device, on 16 cores
 NOT_TRIED = "not measured"  # how the error of a point begins whose feature does not work
+FILE_BYTES, TRACE_BYTES = 16 << 20, 40 << 20  # a tar file, and a captured sample, hold no more
 DEVICE_LOST = 3  # exit code: start again with --resume, the point that broke the device comes last then
 
 Size = tuple[int, int]  # sequences, context
@@ -96,6 +98,8 @@ class Sizes:
     warm_up: int
     train: tuple[str, ...]  # arguments
     sample: tuple[int, str]  # requests, settings of the task
+    text: tuple[str, ...]  # arguments
+    chains: tuple[int, str, int]  # of closed loops: how many, settings of the task, points
     smoke: Shape
 
 
@@ -120,6 +124,8 @@ REAL = Sizes(
     train=("--layers", "7", "--width", "256", "--heads", "8", "--kv-heads", "4", "--head-dim", "64", "--init", "0.06",
            "--lr", "3e-3", "--tokens", "65536", "--report", "20"),
     sample=(4, "problems=5,steps=8"),
+    text=("--report", "15"),
+    chains=(24, "problems=5,steps=8", 100),
     smoke=Shape("smoke", 2, 512, 8, 2, 64, 1024, 1024),
 )  # fmt: skip
 CPU = replace(
@@ -134,7 +140,9 @@ CPU = replace(
     ssd_shares=(100, 75, 50, 25, 0),
     capture=(1024,),
     trace=(128, 64),
-)
+    text=("--layers", "3", "--width", "128", "--head-dim", "32", "--init", "0.08", "--batch", "1",
+          "--packages-mb", "20", "--held-out-mb", "0.1", "--report", "60"),
+)  # fmt: skip
 DRY = Sizes(
     resident=((1, 64), (2, 32)),
     decode=((1, 48),),
@@ -153,6 +161,10 @@ DRY = Sizes(
     train=("--layers", "2", "--width", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--tokens", "512",
            "--report", "1"),
     sample=(1, "problems=1,steps=3"),
+    text=("--layers", "2", "--width", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16",
+          "--vocabulary", "320", "--batch", "4", "--window", "32", "--stdlib-mb", "0.05", "--packages-mb", "0",
+          "--held-out-mb", "0.01", "--prompts", "2", "--prompt", "16", "--steps", "8", "--report", "1"),
+    chains=(2, "problems=1,steps=3", 3),
     smoke=Shape("smoke", 2, 64, 4, 2, 16, 64, 64, 4),
 )  # fmt: skip
 
@@ -189,6 +201,9 @@ class Campaign:
         self.device = stack.enter_context(open_device("cpu" if self.args.dry or self.args.list else kind))
         self.grid = probes.Grid.of("cpu" if self.args.dry else kind, quick=self.args.dry)
         self.bench = Bench(self.device, self.grid.seconds, self.grid.rotate)
+        if self.args.list and kind == "cuda" and not self.args.dry:  # whatever machine the list is made on
+            self.grid = replace(self.grid, threads=LISTED_THREADS)
+            self.bench.slug, self.bench.cuda, self.bench.value_bytes = self.args.list, True, 2
         if self.args.dry:
             self.bench.slug = "dry-" + self.bench.slug  # toy rows are never taken for measured ones
         deadline = self.args.deadline - (time.perf_counter() - STARTED if self.args.from_start else 0.0)
@@ -300,7 +315,7 @@ class Campaign:
 
     def drop(self) -> None:
         """Give back what is held, and what freed buffers still hold."""
-        if isinstance(self.thing, Executor):
+        if hasattr(self.thing, "close"):
             self.thing.close()
         if self.thing is not None:
             self.held, self.thing = Heavy(), None
@@ -628,44 +643,128 @@ def train(c: Campaign) -> Iterator[Point]:
     yield Point("train/reasoner", 0, 5.0 if c.args.dry else 150.0, partial(_train, c))
 
 
+def text(c: Campaign) -> Iterator[Point]:
+    """The model of Python source text, likewise."""
+    yield Point("text/model", 0, 10.0 if c.args.dry else 210.0, partial(_text, c))
+
+
 def _train(c: Campaign, nothing: None) -> Row:
-    import torch
-
     from experiments.reasoner import train as reasoner
-
-    left = 2.0 if c.args.dry else min(510.0, c.log.deadline - c.log.elapsed - 60.0)  # what follows takes the rest
-    place, began = c.device.kind, time.perf_counter()
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "reasoner"
-        result = reasoner.main(["--out", str(folder), "--device", place, "--minutes", str(left / 60), *c.sizes.train])
-        seconds = time.perf_counter() - began
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        weights = reasoner.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        weights.save_pretrained(folder)
-        _pack(folder, c.out / "reasoner.tar")
-        (c.out / "train_log.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        facts = _sample(c, folder, Path(work), place)
-    kept = {name: result[name] for name in ("settings", "parameters", "steps", "tokens", "final_teacher_forced")}
-    return {"kind": "reasoner", "params": {**kept, **facts}, "ms": [seconds * 1e3]}
-
-
-def _sample(c: Campaign, model: Path, work: Path, place: str) -> Row:
-    """Capture a few gold continuations on the trained model."""
-    from kvsim.measure.capture import capture
     from kvsim.measure.prompts import task_prompts
 
     count, settings = c.sizes.sample
-    prompts = task_prompts(HERE / "reasoner" / "task.py", count, settings=settings)
-    out, name, licence = work / "reasoner-gpu.kvtrace", "reasoner (GPU)", "Apache-2.0"
-    how: Row = {"mode": "forced", "batch_size": count, "device": place, "dtype": "float32"}
-    trace = capture(model, prompts, out, name=name, licence=licence, **how)
-    _pack(trace, c.out / "reasoner-gpu.kvtrace.tar")
-    return {"sample_requests": count, "sample_settings": settings}
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "reasoner"
+        row = _learn(c, reasoner.main, folder, c.sizes.train, "train_log.json", 60.0, "final_teacher_forced")
+        prompts = task_prompts(HERE / "reasoner" / "task.py", count, settings=settings)
+        row["params"] |= {"sample_requests": _sample(c, folder, prompts, "Apache-2.0"), "sample_settings": settings}
+    return row
 
 
-def _pack(folder: Path, path: Path) -> None:
-    with tarfile.open(path, "w") as tar:
-        tar.add(folder, arcname=folder.name)
+def _text(c: Campaign, nothing: None) -> Row:
+    from experiments.text import train as model
+    from kvsim.measure.prompts import read_prompts
+
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "text"
+        row = _learn(c, model.main, folder, c.sizes.text, "text_log.json", 90.0, "final_held_out", "corpus")
+        row["params"]["sample_requests"] = _sample(c, folder, read_prompts(folder / "prompts.jsonl"), "PSF-2.0")
+    return row
+
+
+def _learn(
+    c: Campaign, main: Callable[..., Row], folder: Path, sizes: Sequence[str], log: str, after: float, *facts: str
+) -> Row:
+    """A training for the time that is left but `after` seconds; its folder and its log go beside the rows."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    left = 2.0 if c.args.dry else min(510.0, c.log.deadline - c.log.elapsed - after)
+    began = time.perf_counter()
+    result = main(["--out", str(folder), "--device", c.device.kind, "--minutes", str(left / 60), *sizes])
+    seconds = time.perf_counter() - began
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    _pack(folder, c.out)
+    (c.out / log).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    kept = {name: result[name] for name in ("settings", "parameters", "steps", "tokens", *facts)}
+    return {"kind": folder.name, "params": kept, "ms": [seconds * 1e3]}
+
+
+def _sample(c: Campaign, model: Path, prompts: Sequence[Any], licence: str, most: int = TRACE_BYTES) -> int:
+    """Capture known continuations on the trained model, as many as `most` bytes hold; how many these are."""
+    from kvsim.measure.capture import capture
+
+    with tempfile.TemporaryDirectory() as work:
+        out, name, count = Path(work) / f"{model.name}-gpu.kvtrace", f"{model.name} (GPU)", len(prompts)
+        how: Row = {"mode": "forced", "batch_size": count, "device": c.device.kind, "dtype": "float32"}
+        trace = capture(model, prompts, out, name=name, licence=licence, **how)
+        size = sum(path.stat().st_size for path in trace.iterdir())
+        if size <= most or count == 1:
+            _pack(trace, c.out)
+            return count
+    return _sample(c, model, prompts[: max(1, count * most // size)], licence, most)
+
+
+def _pack(folder: Path, out: Path, most: int = FILE_BYTES) -> None:
+    """FOLDER.tar, and FOLDER.2.tar and so on for what one may not hold; unpacked in one place they are whole."""
+    bundles: list[list[Path]] = []
+    left = 0
+    for path in sorted(folder.iterdir()):
+        room = path.stat().st_size + 4096  # its headers, and what fills its last block
+        if not bundles or room > left:
+            bundles.append([])
+            left = most - tarfile.RECORDSIZE
+        bundles[-1].append(path)
+        left -= room
+    for i, paths in enumerate(bundles, 1):
+        with tarfile.open(out / f"{folder.name}{f'.{i}' if i > 1 else ''}.tar", "w") as tar:
+            for path in paths:
+                tar.add(path, arcname=f"{folder.name}/{path.name}")
+
+
+# -- closed loop: answers and losses, no times ---------------------------------------------------------------------
+
+
+def closed_loop(c: Campaign) -> Iterator[Point]:
+    """What eviction costs in right answers, beside what an open loop says: rows for docs/quality.md, not timings.
+
+    On the reasoner that the phase train left under --out or --resume, or on the shipped one.
+    """
+    from experiments.quality.points import POINTS
+
+    tar = next(
+        (p for folder in (c.out, *map(Path, c.args.resume)) for p in sorted(folder.glob("**/reasoner.tar"))), None
+    )
+    name = "reasoner-gpu" if tar else "reasoner"
+    points = POINTS[: c.sizes.chains[2]]
+    missing = [point for point in points if c.key(f"closed-loop/{name}/{'/'.join(point)}") not in c.log.done]
+    bench = Heavy(f"chains of {name}", partial(_bench, c, tar, name, missing), 40.0)
+    for value, (policy, budget) in enumerate(points):  # in this order: the budget that is asked about first
+        seconds = 40.0 if policy.startswith("r-kv") else 12.0
+        measure = partial(_closed_loop, policy, budget)
+        yield Point(f"closed-loop/{name}/{policy}/{budget}", value, seconds, measure, bench)
+
+
+def _bench(c: Campaign, tar: Path | None, name: str, points: Sequence[tuple[str, str]]) -> Any:
+    from experiments.quality.points import SHIPPED, Bench
+
+    chains, settings, _ = c.sizes.chains
+    how: Row = {"name": name, "chains": chains, "settings": settings}
+    with tempfile.TemporaryDirectory() as work:
+        for part in (tar, *sorted(tar.parent.glob("reasoner.*.tar"))) if tar else ():
+            with tarfile.open(part) as packed:
+                packed.extractall(work, filter="data")
+        bench = Bench(Path(work) / "reasoner" if tar else SHIPPED, c.device.kind, **how)
+    if not c.args.dry:  # open loops on the other cores, while the device decodes
+        bench.start(points, max(1, machine_info.cores() - 2))
+    return bench
+
+
+def _closed_loop(policy: str, budget: str, bench: Any) -> Row:
+    began = time.perf_counter()
+    row = bench.measure(policy, budget)
+    return {"kind": "quality", "params": row, "ms": [(time.perf_counter() - began) * 1e3]}  # of the whole point
 
 
 PHASES: dict[str, Callable[[Campaign], Iterable[Point]]] = {
@@ -676,6 +775,8 @@ PHASES: dict[str, Callable[[Campaign], Iterable[Point]]] = {
     "ssd": ssd,
     "capture-cost": capture_cost,
     "train": train,
+    "text": text,
+    "closed-loop": closed_loop,
 }
 
 
@@ -696,14 +797,19 @@ class Estimate:
         self.held = point.heavy.name
 
 
+def listed(c: Campaign, phase: str) -> Iterator[Point]:
+    """The points of a phase in their order, those of the calibration among them."""
+    if phase == "calibrate":
+        for probe in probes.points(c.bench, c.grid, c.disk):
+            yield Point(probe.key(c.bench.slug).partition("/")[2], 0, probe.need_s, lambda _: {})
+    yield from sorted(PHASES[phase](c), key=lambda p: p.value)
+
+
 def listing(c: Campaign) -> None:
     """Print what would be measured, in order, and how long it should take."""
     for phase in c.args.phase:
         estimate = Estimate(seconds=c.grid.warm_s + 2.0)
-        if phase == "calibrate":
-            for probe in probes.points(c.bench, c.grid, c.disk):
-                estimate.add(Point(probe.key(c.bench.slug), 0, probe.need_s, lambda _: {}))
-        for point in sorted(PHASES[phase](c), key=lambda p: p.value):
+        for point in listed(c, phase):
             estimate.add(point)
             print(f"   {point.need_s:6.1f} s  {point.key}")
         print(f"== {phase}: {estimate.points} points, at most about {estimate.seconds:.0f} s")
@@ -726,7 +832,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ap.add_argument("--plans", default=str(HERE / "gpu" / "plans"), help="folder of exported movement plans")
     ap.add_argument("--disk", default=".", help="folder on the disk to measure")
     ap.add_argument("--dry", action="store_true", help="toy shapes on the CPU")
-    ap.add_argument("--list", action="store_true", help="say what would be measured")
+    ap.add_argument(
+        "--list", nargs="?", const=LISTED, metavar="DEVICE", help=f"say what would be measured on a device ({LISTED})"
+    )
     args = ap.parse_args(argv)
     args.from_start = argv is None
     args.phase = _known(args.phase, PHASES, "phase")

@@ -3,26 +3,31 @@
     python -m experiments.validation
 
 Reads experiments/hardware/public_errors.json, and for each measured device the rows (*.jsonl) below experiments/cpu or
-experiments/gpu, the split.toml there, and the hardware file, there or shipped, that was fitted to it. The same files
-give the same bytes.
+experiments/gpu, the split.toml there, and the hardware file, there or shipped, that was fitted to it; and what was
+registered in experiments/gpu/predictions.json before a GPU was measured. The same files give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvsim.errors import KvsimError
 from kvsim.machine import Hardware
-from kvsim.measure.rows import device_of, read_rows
+from kvsim.measure.rows import Row, device_of, quantiles, read_rows
 from kvsim.results import file_beside
 from kvsim.trace import open_trace
+from kvsim.trace.layout import file_hash
 from kvsim.validate import TwinValidation, Validation, read_split, report, validate_rows, validate_trace
+from kvsim.validate.judge import knee
+from kvsim.validate.registered import Registered, read_registration
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE, DOCS, SHIPPED = ROOT / "experiments", ROOT / "docs", ROOT / "kvsim" / "hardware"
@@ -35,11 +40,18 @@ class Machine:
 
     device: str
     split: Path
-    rows: list[Path]
+    rows: tuple[Path, ...]
     fitted: Path | None
 
-    def validate(self) -> Validation:
-        return validate_rows(self.rows, Hardware.load(self.fitted), read_split(self.split))
+    def validate(self, otherwise: str = "") -> Validation:
+        """Its held-out rows judged by the file fitted to it, or by the shipped one called `otherwise`."""
+        hardware = Hardware.load(self.fitted or otherwise)
+        return validate_rows(self.rows, hardware, read_split(self.split), any_device=not self.fitted)
+
+    def has_judged_rows(self) -> bool:
+        """Was anything measured that the split holds out?"""
+        split = read_split(self.split)
+        return any("ms" in row and split.is_held_out(row["key"]) for row in read_rows(self.rows))
 
     @property
     def commands(self) -> list[str]:
@@ -60,7 +72,8 @@ def machines(kind: str) -> list[Machine]:
         found.setdefault(device_of(read_rows([path])), []).append(path)
     files = [path for path in [*sorted(top.rglob("*.toml")), *sorted(SHIPPED.glob("*.toml"))] if path.stem != "split"]
     fits = {hardware.fit.device: path for path in files if (hardware := Hardware.load(path)).fit}
-    return [Machine(d, top / "split.toml", rows, fits.get(d)) for d, rows in found.items() if not d.startswith("dry-")]
+    real = {device: tuple(rows) for device, rows in found.items() if not device.startswith("dry-")}
+    return [Machine(device, top / "split.toml", rows, fits.get(device)) for device, rows in real.items()]
 
 
 def _short(path: Path) -> str:
@@ -78,7 +91,11 @@ def document() -> Iterator[str]:
     yield from section("Public operator times", public(HERE / "hardware" / "public_errors.json"))
     yield from section("This machine: a CPU that stands for a GPU", campaign(found["cpu"], _NO_CPU))
     yield from section("Captured runs", twins([Hardware.load(m.fitted) for m, _ in every]))
-    yield from section("GPU campaign", campaign(found["gpu"], _NO_GPU))
+    gpus = machines("gpu")
+    yield from section("GPU campaign", campaign(found["gpu"], _NO_FIT if gpus else _NO_GPU))
+    yield from section(
+        "Registered predictions", registered(HERE / "gpu" / "predictions.json", gpus, dict(found["gpu"]))
+    )
     yield from section("The terms to blame", blame(every))
     yield from section("Repeating the tables", repeating())
 
@@ -99,6 +116,15 @@ _NO_CPU = """No rows of this machine, and no fit, are in the repository yet. Wha
 fixed: [split.toml](../experiments/cpu/split.toml)."""
 _NO_GPU = """No GPU run of our own is in the repository yet: every latency of a GPU is predicted. What will be fitted
 and what judges it is fixed: [split.toml](../experiments/gpu/split.toml)."""
+_NO_FIT = """Rows of a GPU are in the repository, and nothing is fitted to them yet: what they are held against are the
+predictions registered before."""
+_NOTHING_REGISTERED = "Nothing is registered; `python -m experiments.gpu_predictions` does that."
+_ABOUT_REGISTERED = """Written by `python -m experiments.gpu_predictions` and committed before a row of these devices
+was measured. Once a device has rows, what is registered for it stays as it is. Nothing in it was calibrated: each
+hardware file says of every constant whether it was fitted to public tables, measured by others, taken from a datasheet
+or assumed."""
+_ABOUT_CURVES = """Milliseconds of a step by the share of its pages that need no fetch, as registered{measured}. The
+knee is the share from which on fetching shows, placed with two points around the expected one beside these."""
 
 
 def section(title: str, lines: Iterator[str] | Sequence[str]) -> Iterator[str]:
@@ -165,6 +191,73 @@ def better_without(v: Validation) -> str:
     return "; ".join(
         f"{name} ({100 * ours:.1f} % against {100 * its:.1f} %)" for name, ours, its in pairs if its <= ours
     )
+
+
+def registered(path: Path, found: Sequence[Machine], judged: Mapping[Machine, Validation]) -> Iterator[str]:
+    """What was predicted before it was measured, and what came out. Raises ConfigError for rows it says nothing of.
+
+    `judged`: the machines that something is fitted to.
+    """
+    if not path.is_file():
+        yield _NOTHING_REGISTERED
+        return
+    book, measured = read_registration(path), {machine.device: machine for machine in found}
+    count = sum(len(entry.by_key) for entry in book.devices.values())
+    link = f"[{path.name}](../experiments/gpu/{path.name})"
+    yield f"Registered: {count} rows on {len(book.devices)} devices, in {link}, SHA-256 `{file_hash(path)}`."
+    yield from ["" if found else "No GPU has been measured.", *_ABOUT_REGISTERED.splitlines(), ""]
+    yield from report.table(
+        "device|from|its SHA-256|rows predicted|measured",
+        [(f"`{d}`", f"{e.hardware['name']}.toml", e.hardware["sha256"][:12], len(e.by_key),
+          "yes" if d in measured else "no") for d, e in book.devices.items()],
+    )  # fmt: skip
+    for device in dict.fromkeys([*measured, *book.devices]):
+        yield from ("", f"### {device}", "")
+        rows = read_rows(measured[device].rows) if device in measured else []
+        entry = book.of_rows(rows) if rows else book.of(device)
+        if entry is None:
+            yield "Nothing was registered for this device before it was measured."
+            continue
+        if rows:
+            machine = measured[device]
+            v = judged.get(machine)
+            if v is None and machine.has_judged_rows():
+                v = machine.validate(entry.hardware["name"])
+            yield from [*report.registered(entry, rows, v), ""]
+        yield from _ABOUT_CURVES.format(measured=" and as measured" if rows else "").splitlines()
+        yield from ["", *curves(entry, rows)]
+
+
+def curves(entry: Registered, rows: Iterable[Row]) -> list[str]:
+    """A line per curve over the resident share: each point as registered and, where it was measured, as it came out."""
+    came_out = {row["key"].partition("/")[2]: quantiles(row["ms"])["p50"] for row in rows if "ms" in row}
+    series: dict[str, dict[int, str]] = {}
+    for key in entry.by_key:
+        curve, _, share = key.rpartition("/r")
+        if share.isdigit():
+            series.setdefault(curve, {})[int(share)] = key
+    counts = Counter(share for at in series.values() for share in at)
+    shares = sorted((share for share, n in counts.items() if 2 * n > len(series)), reverse=True)
+    lines = []
+    for curve, at in sorted(series.items()):
+        where, model, size = curve.rsplit("/", 2)
+        whole = all(key in came_out for key in at.values())
+        cells = [_pair(entry.by_key.get(at.get(s, "")), came_out.get(at.get(s, ""))) for s in shares]
+        knees = [
+            knee([s / 100 for s in sorted(at)], [ms[at[s]] for s in sorted(at)])
+            for ms in (entry.by_key, came_out)
+            if ms is not came_out or whole
+        ]
+        lines.append((f"{model} {size}{', SSD' if where.startswith('ssd') else ''}", *cells, _knees(knees)))
+    return report.table("|".join(["curve", *(f"{s} %" for s in shares), "knee"]), lines)
+
+
+def _pair(*found: float | None) -> str:
+    return " / ".join(f"{ms:.3g}" for ms in found if ms is not None)
+
+
+def _knees(found: Sequence[float]) -> str:
+    return " / ".join("-" if math.isnan(share) else f"{share:.2f}" for share in found)
 
 
 def figures(machine: Machine, v: Validation) -> Iterator[str]:

@@ -472,6 +472,10 @@ def test_batches_and_missing_times(trace):
         [7, 8, 9],
         [8, 9, 10, 11],
     ]
+    assert validate_trace(apart, cpu()).warnings[1:] == []
+    uneven = replace(trace, sources=[source(0, 0, step_seconds=np.array([0.001, 0.009]))])
+    warning = validate_trace(uneven, cpu()).warnings[-1]
+    assert warning == "request 0: measured steps spread over 128% of their median: they judge no model"
     assert np.isnan(found[0].captured_s).all() and math.isnan(found[0].summary()["drift_measured"])
     untimed = source(0, 0)
     del untimed.facts["step_seconds"]

@@ -10,7 +10,6 @@ measures it; no generation is needed while training.  A stopped run goes on from
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -19,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+
+from experiments import training
 
 from . import task
 
@@ -28,25 +29,8 @@ PASS = 0.3  # share of entirely right packs that opens the next level
 
 
 def build(args) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(task.VOCAB),
-        hidden_size=args.width,
-        intermediate_size=args.mlp * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=args.init,
-        attention_bias=True,
-        rope_parameters={"rope_type": "default", "rope_theta": args.theta},
-        bos_token_id=task.BOS,
-        eos_token_id=task.EOS,
-        pad_token_id=task.PAD,
-    )
-    config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config)
+    special = {"bos_token_id": task.BOS, "eos_token_id": task.EOS, "pad_token_id": task.PAD}
+    model = training.llama(args, len(task.VOCAB), 2048, attention_bias=True, **special)
     with torch.no_grad():
         start_well(model, args)
     return model
@@ -135,16 +119,8 @@ def measure(model, level, packs: int, seed: int, device: str) -> dict:
     return out
 
 
-def rate(elapsed: float, budget: float, step: int, peak: float) -> float:
-    """Warm-up over 200 steps, flat until 65 % of the time, then straight down to 2 %."""
-    left = min(1.0, (1.0 - elapsed / budget) / 0.35)
-    return peak * min(1.0, (step + 1) / 200) * max(0.02, left)
-
-
 def save(model, out: Path) -> None:
     """Weights and tokenizer, the latter written by hand because it is nothing but a table of words."""
-    model.generation_config.do_sample = False
-    model.save_pretrained(out)
     special = [
         {
             "id": i,
@@ -157,58 +133,25 @@ def save(model, out: Path) -> None:
         }
         for i in (task.PAD, task.BOS, task.EOS)
     ]
-    (out / "tokenizer.json").write_text(
-        json.dumps(
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "added_tokens": special,
-                "normalizer": None,
-                "pre_tokenizer": {"type": "WhitespaceSplit"},
-                "post_processor": None,
-                "decoder": None,
-                "model": {"type": "WordLevel", "vocab": task.ID, "unk_token": "<pad>"},
-            },
-            indent=0,
-        )
-        + "\n"
-    )
-    (out / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "pad_token": "<pad>",
-                "bos_token": "<bos>",
-                "eos_token": "<eos>",
-                "unk_token": "<pad>",
-                "clean_up_tokenization_spaces": False,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    table = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": task.ID, "unk_token": "<pad>"},
+    }
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<pad>"}
+    training.save(model, out, json.dumps(table, indent=0), **names)
 
 
 def main(argv=None) -> dict:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    ap.add_argument("--minutes", type=float, default=60)
-    ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--out", type=Path, required=True)
-    ap.add_argument("--threads", type=int, default=1)
-    ap.add_argument("--layers", type=int, default=3)
-    ap.add_argument("--width", type=int, default=128)
-    ap.add_argument("--heads", type=int, default=8)
-    ap.add_argument("--kv-heads", type=int, default=4)
-    ap.add_argument("--head-dim", type=int, default=32)
-    ap.add_argument("--mlp", type=int, default=3, help="width of the feed-forward layer, in model widths")
-    ap.add_argument("--init", type=float, default=0.08, help="initial sigma; about width**-0.5, smaller learns late")
-    ap.add_argument("--theta", type=float, default=1e6, help="base of the rotary positions")
+    ap = training.parser(__doc__)
     ap.add_argument("--compose", type=float, default=1.5, help="strength of the initial key matching; 0 for none")
-    ap.add_argument("--lr", type=float, default=2e-3)
     ap.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
-    ap.add_argument("--report", type=float, default=30, help="seconds between measurements")
     ap.add_argument("--checkpoint", type=float, default=120, help="seconds between checkpoints")
     args = ap.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -216,7 +159,7 @@ def main(argv=None) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)
     state_file = args.out / "checkpoint.pt"
     model = build(args).to(args.device)
-    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    opt = training.optimiser(model, args.lr, 0.01)
     level = step = seen = 0
     before, log = 0.0, []
     if state_file.exists():
@@ -235,15 +178,10 @@ def main(argv=None) -> dict:
         # Mostly the level at hand; earlier ones stay in the mix, so that short packs are not forgotten.
         at = level if rng.random() < 0.7 else int(rng.integers(0, level + 1))
         ids, prompt = batch(rng, LEVELS[at], args.tokens, args.device)
-        for group in opt.param_groups:
-            group["lr"] = rate(elapsed, budget, step, args.lr)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        with training.autocast(args.device):
             score, want = logits_of(model, ids, prompt)
             loss = F.cross_entropy(score.flatten(0, 1).float(), want.flatten())
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
+        training.learn(model, opt, loss, training.rate(args.lr, (step + 1) / 200, elapsed / budget))
         step += 1
         seen += ids.numel()
         elapsed = before + time.monotonic() - start

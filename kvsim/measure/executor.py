@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 READ_BYTES = 1 << 20  # a longer run of pages is read from the SSD in pieces of at most this
 READERS = 16  # threads that read from the SSD
+UNMOVED = Schedule(1)
 
 
 class MoveError(KvsimError):
@@ -226,19 +227,24 @@ class Executor:
 
     def _prepare_layer(self, number: int, moves: Moves, schedule: Schedule) -> Layer:
         kv, twin = self._kv[number], self._twin[number]
-
-        def spans(pages: np.ndarray, longest: int | None = None) -> list[tuple[int, int]]:
-            runs = page_runs(pages, 1 if schedule.method == "page" else longest)
-            return [(first * self.page_bytes, stop * self.page_bytes) for first, stop in runs]
-
-        to_read = spans(moves.pages(LOAD, SSD), max(1, READ_BYTES // self.page_bytes))
+        to_load, to_read = self._spans_in(moves, schedule)
         back = np.union1d(moves.pages(STORE, HOST), moves.pages(STORE, SSD))  # both cross the link
         return Layer(
-            loads=[(kv[a:z], twin[a:z]) for a, z in spans(moves.pages(LOAD, HOST))],
+            loads=[(kv[a:z], twin[a:z]) for a, z in to_load],
             reads=self._prepare_reads(number, to_read, schedule) if to_read else [],
-            stores=[(twin[a:z], kv[a:z]) for a, z in spans(back)],
-            writes=spans(moves.pages(STORE, SSD)),
+            stores=[(twin[a:z], kv[a:z]) for a, z in self._spans(back, schedule)],
+            writes=self._spans(moves.pages(STORE, SSD), schedule),
         )
+
+    def _spans_in(self, moves: Moves, schedule: Schedule) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Bytes (start, stop) of each copy to the device: from host memory, and from the SSD."""
+        longest = max(1, READ_BYTES // self.page_bytes)
+        to_load, to_read = moves.pages(LOAD, HOST), moves.pages(LOAD, SSD)
+        return self._spans(to_load, schedule), self._spans(to_read, schedule, longest)
+
+    def _spans(self, pages: np.ndarray, schedule: Schedule, longest: int | None = None) -> list[tuple[int, int]]:
+        runs = page_runs(pages, 1 if schedule.method == "page" else longest)
+        return [(first * self.page_bytes, stop * self.page_bytes) for first, stop in runs]
 
     def _prepare_reads(self, number: int, spans: Sequence[tuple[int, int]], schedule: Schedule) -> list[Read]:
         """Pieces of the file and where they go. Layers a staging depth apart share pinned memory."""
@@ -357,15 +363,8 @@ class Executor:
             times.append(self._times(wall, ready[i]))
         self.synchronize()
         times = times[warm_up:]
-        params = {
-            **self._params([moves[i] for i in turns[warm_up:]], "layer"),
-            "method": schedule.method,
-            "known": schedule.known,
-            "depth": schedule.depth,
-            "copies": np.mean([t.copies for t in times], axis=0).tolist(),
-            "checked_pages": found.pages,
-            **facts,
-        }
+        params = self._params([moves[i] for i in turns[warm_up:]], "layer", schedule, [t.copies for t in times])
+        params |= {"checked_pages": found.pages, **facts}
         ends = np.median([t.layer_end_s for t in times], axis=0)
         return _row(params, [t.wall_s for t in times], [t.device_s for t in times], ends)
 
@@ -434,11 +433,21 @@ class Executor:
         wall, device = zip(*times[warm_up:], strict=True)
         return _row({**self._params([[loads([])] * self.shape.layers], "step"), **facts}, wall, device, ())
 
-    def _params(self, moves: Sequence[Sequence[Moves]], graph: str) -> dict[str, Any]:
-        """What was measured: the model, and per layer how many pages the steps moved on average."""
+    def _params(
+        self,
+        moves: Sequence[Sequence[Moves]],
+        graph: str,
+        schedule: Schedule = UNMOVED,
+        copies: Sequence[np.ndarray] | None = None,
+    ) -> dict[str, Any]:
+        """What was measured: the model, and per layer how many pages, in how many copies, the steps moved on average.
+
+        `copies`: to the device, int [layers] of each step; none where nothing is moved.
+        """
 
         def mean(action: int, tier: int) -> np.ndarray:
-            return np.mean([[len(m.pages(action, tier)) for m in step] for step in moves], axis=0)
+            counts = {id(step): [len(m.pages(action, tier)) for m in step] for step in moves}  # few of them differ
+            return np.mean([counts[id(step)] for step in moves], axis=0)
 
         host, ssd, back = mean(LOAD, HOST), mean(LOAD, SSD), mean(STORE, HOST) + mean(STORE, SSD)
         fetched = host + ssd
@@ -450,13 +459,13 @@ class Executor:
             "context": self.model.context,
             "page": self.page,
             "tier": "ssd" if ssd.any() else "host" if host.any() else None,
-            "method": "runs",
-            "known": "start",
-            "depth": 1,
+            "method": schedule.method,
+            "known": schedule.known,
+            "depth": schedule.depth,
             "resident": 1.0 - float(fetched.mean()) / self.pages,
             "clustered": None,
             "fetched_pages": fetched.tolist(),
-            "copies": [0.0] * self.shape.layers,
+            "copies": [0.0] * self.shape.layers if copies is None else np.mean(copies, axis=0).tolist(),
             "plan": None,
             "policy": None,
             "graph": graph,

@@ -17,11 +17,14 @@ import numpy as np
 
 from kvsim.errors import ConfigError
 
-PHASES = ("info", "sentinel", "calibrate", "resident", "offload", "ssd", "capture-cost", "train", "error")
+PHASES = (
+    "info", "sentinel", "calibrate", "resident", "offload", "ssd", "capture-cost", "train", "text", "closed-loop",
+    "error",
+)  # fmt: skip
 REQUIRED = ("key", "phase", "kind", "params", "t")
 TIMES = ("ms", "gpu_ms", "layer_ms", "submit_ms", "alone_ms")  # lists of milliseconds
 MORE = (*TIMES, "gb_per_s", "p50_us", "error")
-UNTIMED = ("info", "train")  # phases whose rows need no "ms"
+UNTIMED = ("info", "train", "text", "closed-loop")  # phases whose rows need no "ms"
 DRIFT = 0.03  # sentinels further apart than this mark their phase
 
 Row = dict[str, Any]

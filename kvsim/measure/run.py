@@ -69,7 +69,7 @@ class Run:
         if not self.prompts:
             raise CaptureError("there are no prompts to capture")
         for i, p in enumerate(self.prompts):
-            self._check(p, f"prompt {i}")
+            check_fits(model, p, settings.tokens_after(p), f"prompt {i}")
         self.via, self.features = self._look()
         self.plain = self._plain()
         self.eos = stop_tokens(model)
@@ -79,19 +79,6 @@ class Run:
     def kv_heads(self) -> int:
         """Heads of a stored row: KV heads, or query heads where nothing is reduced."""
         return self.features[min(self.features)]["query_heads" if self.settings.heads == "query" else "kv_heads"]
-
-    def _check(self, p: Prompt, where: str) -> None:
-        new, most = self.settings.tokens_after(p), longest(self.model)
-        if new < 1:
-            hint = 'give "completion", or more "tokens" than "prompt_len"; or run free'
-            raise CaptureError("a forced run has no tokens to follow the prompt", where=where, hint=hint)
-        if p.prompt_len + new - 1 > most:
-            what = f"{p.prompt_len} prompt and {new} new tokens, the model has {most} positions"
-            raise CaptureError(what, where=where, hint="ask for fewer new tokens")
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if p.tokens.min() < 0 or p.tokens.max() >= vocabulary:
-            hint = "were they made for another model?"
-            raise CaptureError(f"token ids outside of the model's {vocabulary}", where=where, hint=hint)
 
     def _look(self) -> tuple[str, dict[int, dict]]:
         """Which way in sees the attention of this model, and what it uses: found out with two tokens."""
@@ -158,7 +145,7 @@ class Run:
             _close(writer, requests.start + b, p, choice, b, times, {"batch_slot": b, "pad": pads[b]})
 
     def _decoder(self, prompts: Sequence[Prompt]) -> Decoder:
-        return Decoder(self.model, [p.tokens[: p.prompt_len] for p in prompts], _pad_token(self.model), self.device)
+        return Decoder(self.model, [p.tokens[: p.prompt_len] for p in prompts], pad_token(self.model), self.device)
 
     def _captured(
         self, decoder: Decoder, choice: Choice, store: Store, tell: Callable[[int, str], None]
@@ -180,12 +167,27 @@ class Run:
     def _timed(self, prompts: Sequence[Prompt], fed: list[list[int]], tell: Callable[[int, str], None]) -> list[float]:
         """Wall microseconds of the same steps without a recorder."""
         decoder, times = self._decoder(prompts), []
-        with _attention(self.model, self.plain):
+        with attention(self.model, self.plain):
             decoder.prefill()
             for tokens in fed:
                 times.append(decoder.step(tokens)[1])
                 tell(len(fed) + len(times), "timing")
         return times
+
+
+def check_fits(model: Any, p: Prompt, new: int, where: str) -> None:
+    """CaptureError unless the model has the positions for a prompt and `new` tokens, and knows its tokens."""
+    most = longest(model)
+    if new < 1:
+        hint = 'give "completion", or more "tokens" than "prompt_len"; or run free'
+        raise CaptureError("a forced run has no tokens to follow the prompt", where=where, hint=hint)
+    if p.prompt_len + new - 1 > most:
+        what = f"{p.prompt_len} prompt and {new} new tokens, the model has {most} positions"
+        raise CaptureError(what, where=where, hint="ask for fewer new tokens")
+    vocabulary = model.config.get_text_config().vocab_size
+    if p.tokens.min() < 0 or p.tokens.max() >= vocabulary:
+        hint = "were they made for another model?"
+        raise CaptureError(f"token ids outside of the model's {vocabulary}", where=where, hint=hint)
 
 
 def _close(
@@ -223,7 +225,7 @@ def _needs(p: Prompt, need: Sequence[Sequence[int]], chosen: np.ndarray) -> list
 
 
 @contextlib.contextmanager
-def _attention(model: Any, implementation: str | None) -> Iterator[None]:
+def attention(model: Any, implementation: str | None) -> Iterator[None]:
     """The model with another attention implementation, for a while."""
     before = model.config._attn_implementation
     if implementation is None:
@@ -243,7 +245,7 @@ def stop_tokens(model: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _pad_token(model: Any) -> int:
+def pad_token(model: Any) -> int:
     """Any token will do: padding is never looked at."""
     pad = model.config.get_text_config().pad_token_id
     return 0 if pad is None or pad < 0 else pad

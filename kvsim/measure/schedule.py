@@ -119,7 +119,8 @@ def page_runs(pages: np.ndarray, longest: int | None = None) -> list[tuple[int, 
     if not len(pages):
         return []
     cuts = np.flatnonzero(np.diff(pages) != 1) + 1
-    runs = [(int(part[0]), int(part[-1]) + 1) for part in np.split(pages, cuts)]
+    first, last = pages[np.r_[0, cuts]], pages[np.r_[cuts, len(pages)] - 1]
+    runs = list(zip(first.tolist(), (last + 1).tolist(), strict=True))
     if longest is None:
         return runs
     return [(first, min(first + longest, stop)) for start, stop in runs for first in range(start, stop, longest)]

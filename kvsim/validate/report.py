@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvsim.measure.rows import Row
 from kvsim.units import format_seconds
-from kvsim.validate.judge import PREDICTORS, TERMS, Judged, Summary, knees_of
+from kvsim.validate.judge import PREDICTORS, TERMS, Judged, Summary, knees_of, summarise
+from kvsim.validate.registered import REGISTERED, Registered
 
 if TYPE_CHECKING:
     from kvsim.validate.rows import Validation
@@ -26,6 +28,11 @@ _ORDER = (
     "error of the resident fraction from which on fetching shows, mean over curves (their number). *Stall*: error of "
     "what moving pages adds to the resident step, mean (mean absolute). *In the band*: measured medians inside the "
     "prediction's 90 % band, which comes from the bands of the constants."
+)
+_REGISTERED = (
+    "*Registered*: predicted from public numbers, before any of these rows was measured. *Fitted*: predicted from what "
+    "was fitted to this device's calibration rows; empty for groups that a fit may see. *Signed*: mean error, positive "
+    "where the prediction is too long."
 )
 _TERMS = (
     "Parts that sum to the error, signed (absolute): *layers* as if everything were resident, what *moving* adds to "
@@ -85,6 +92,24 @@ def order(v: Validation) -> list[str]:
         lines.append((name, *map(_tau, each), *map(_knee, each), stall, _share(s.band_coverage), s.outside))
     head = "group|tau|tau, max|tau, roofline|knee|knee, max|knee, roofline|stall|in the band|extrapolated"
     return [*table(head, lines), "", _ORDER]
+
+
+def registered(entry: Registered, rows: Sequence[Row], v: Validation | None) -> list[str]:
+    """Errors of what was registered, by group, beside those of what was fitted since.
+
+    `v`: the held-out rows judged, by a fit to this device, or by other hardware, of which nothing is said then; None
+    where there are none.
+    """
+    lines = []
+    for o in entry.outcomes(rows):
+        members = [row for row in v.groups.get(o.group, ()) if entry.ms(row.case.key) is not None] if v else []
+        s = summarise(o.group, list(map(entry.judged, members)), REGISTERED) if members else None
+        f = v.summary(o.group) if v and members and v.facts["hardware"]["fit"] else None
+        cells = *map(_share, (o.mape, o.p90, o.worst)), _signed(o.signed), *((_tau(s), _knee(s)) if s else ("", ""))
+        since = (*map(_share, (f.mape, f.p90, f.worst)), _signed(f.signed)) if f else ("",) * 4
+        lines.append((o.group, f"{o.n} of {o.registered}", *cells, *since))
+    head = "group|measured|registered: MAPE|p90|worst|signed|tau|knee|fitted: MAPE|p90|worst|signed"
+    return [*table(head, lines), "", _REGISTERED]
 
 
 def terms(v: Validation) -> list[str]:

@@ -132,6 +132,11 @@ def validate_trace(trace: Trace, hardware: Hardware, *, any_device: bool = False
     }
     if beyond := _outside(hardware, shape, batches):
         warnings.append(f"extrapolated: {'; '.join(beyond)}")
+    for batch in batches:
+        if (noise := batch.summary()["noise"]) > 1:
+            warnings.append(
+                f"{batch.title}: measured steps spread over {noise:.0%} of their median: they judge no model"
+            )
     return TwinValidation(batches, facts, warnings)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from experiments import gpu_campaign as campaign  # noqa: E402
 from kvsim.measure import hf, probes  # noqa: E402
 from kvsim.measure.bare import SHAPES  # noqa: E402
 from kvsim.measure.probe_bench import Bench  # noqa: E402
+from kvsim.measure.prompts import read_prompts  # noqa: E402
 from kvsim.measure.rows import RowLog, device_of, read_rows  # noqa: E402
 from kvsim.plan import PlanInfo, PlanWriter  # noqa: E402
 from kvsim.validate import read_split  # noqa: E402
@@ -62,6 +64,7 @@ def test_a_dry_run_goes_through_every_phase(whole):
     assert set(measured) == {*campaign.PHASES, "sentinel"}
     assert measured["resident"] == 2 * (2 * 2 + 1 + 2)
     assert measured["capture-cost"] == 2 * 4 + 1 and measured["train"] == 1
+    assert measured["text"] == 1
     assert measured["offload"] == 2 * (2 * 3 + 1) + 12 and measured["ssd"] == 4
     assert device_of(rows).startswith("dry-cpu")
 
@@ -101,13 +104,65 @@ def test_the_files_it_leaves_are_few_and_whole(whole):
     out, _ = whole
     assert {f.name for f in out.iterdir()} == {
         "results.jsonl", f"{ONE}.kvtrace.tar", "reasoner.tar", "reasoner-gpu.kvtrace.tar", "train_log.json",
+        "text.tar", "text-gpu.kvtrace.tar", "text_log.json",
     }  # fmt: skip
     with tarfile.open(out / "reasoner.tar") as tar:
         assert {"reasoner/config.json", "reasoner/model.safetensors", "reasoner/tokenizer.json"} <= set(tar.getnames())
         assert "reasoner/checkpoint.pt" not in tar.getnames()
     with tarfile.open(out / "reasoner-gpu.kvtrace.tar") as tar:
         assert "reasoner-gpu.kvtrace/manifest.json" in tar.getnames()
-    assert json.loads((out / "train_log.json").read_text())["steps"] > 0
+    with tarfile.open(out / "text.tar") as tar:
+        assert {"text/model.safetensors", "text/tokenizer.json", "text/prompts.jsonl"} <= set(tar.getnames())
+    with tarfile.open(out / "text-gpu.kvtrace.tar") as tar:
+        assert {"text-gpu.kvtrace/attn-0.parquet", "text-gpu.kvtrace/attn-1.parquet"} <= set(tar.getnames())
+    for log in ("train_log.json", "text_log.json"):
+        assert json.loads((out / log).read_text())["steps"] > 0
+
+
+@pytest.mark.parametrize(("deadline", "minutes"), [(400.0, 3.5), (9999.0, 8.5)])
+def test_a_training_takes_the_time_that_is_left_but_what_follows_it(tmp_path, deadline, minutes):
+    """100 s are gone, 90 s are wanted afterwards, and no more than 510 s are taken."""
+    asked = []
+
+    def main(argv):
+        asked.extend(argv)
+        raise InterruptedError
+
+    log, args = SimpleNamespace(deadline=deadline, elapsed=100.0), SimpleNamespace(dry=False)
+    c = SimpleNamespace(device=SimpleNamespace(kind="cpu"), out=tmp_path, log=log, args=args)
+    with pytest.raises(InterruptedError):
+        campaign._learn(c, main, tmp_path / "text", ("--seed", "1"), "log.json", 90.0)
+    assert float(asked[asked.index("--minutes") + 1]) == pytest.approx(minutes) and asked[-2:] == ["--seed", "1"]
+
+
+def test_a_sample_that_is_too_large_is_captured_with_fewer_requests(whole, tmp_path):
+    out, _ = whole
+    with tarfile.open(out / "text.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    prompts = read_prompts(tmp_path / "text" / "prompts.jsonl")
+    with tarfile.open(out / "text-gpu.kvtrace.tar") as tar:
+        size = sum(member.size for member in tar.getmembers())
+    c = SimpleNamespace(device=SimpleNamespace(kind="cpu"), out=tmp_path)
+    assert campaign._sample(c, tmp_path / "text", prompts, "PSF-2.0", size * 3 // 4) == len(prompts) - 1 == 1
+    with tarfile.open(tmp_path / "text-gpu.kvtrace.tar") as tar:
+        assert [name for name in tar.getnames() if "attn" in name] == ["text-gpu.kvtrace/attn-0.parquet"]
+
+
+def test_what_is_too_much_for_one_file_is_packed_into_several(tmp_path):
+    folder, out, most = tmp_path / "some", tmp_path / "out", 40_000
+    folder.mkdir()
+    out.mkdir()
+    for i, size in enumerate((9_000, 9_000, 9_000, 1, 8_000, 20_000)):
+        (folder / f"{i}.bin").write_bytes(bytes([i]) * size)
+    campaign._pack(folder, out, most)
+    tars = sorted(out.iterdir())
+    assert [tar.name for tar in tars] == ["some.2.tar", "some.3.tar", "some.tar"]
+    assert all(tar.stat().st_size <= most for tar in tars)
+    for tar in tars:
+        with tarfile.open(tar) as packed:
+            packed.extractall(tmp_path / "there", filter="data")
+    there = {f.name: f.read_bytes() for f in (tmp_path / "there" / "some").iterdir()}
+    assert there == {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
 def test_resuming_measures_sentinels_alone(whole, tmp_path):
@@ -213,7 +268,7 @@ def test_it_runs_where_kvsims_other_packages_are_not(tmp_path):
     args = [
         "--dry",
         "--phase",
-        "info,offload",
+        "info,offload,closed-loop",
         "--models",
         ONE,
         "--out",
@@ -230,6 +285,7 @@ def test_it_runs_where_kvsims_other_packages_are_not(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = read_rows([tmp_path / "out" / "results.jsonl"])
     assert sum(row["phase"] == "offload" and "ms" in row for row in rows) == 6
+    assert sum(row["phase"] == "closed-loop" and "ms" in row for row in rows) == 3
     failed = [point(row) for row in rows if row["phase"] == "info" and "error" in row]
     assert failed == ([] if torch.cuda.is_available() else ["info/1/hf-offloaded"])
 
@@ -291,7 +347,7 @@ def test_every_key_is_on_one_side_of_the_split_or_not_compared(keys, split):
     assert split.holds_for("nvidia-h100-80gb-hbm3") and split.holds_for("nvidia-h200")
     for phase in ("calibrate", "resident", "offload", "ssd"):
         assert all(split.is_fit(key) != split.is_held_out(key) for key in keys[phase])
-    others = [key for phase in ("info", "capture-cost", "train") for key in keys[phase]]
+    others = [key for phase in ("info", "capture-cost", "train", "text", "closed-loop") for key in keys[phase]]
     others += [f"nvidia-h100/sentinel/{phase}/1/start/gemm" for phase in campaign.PHASES]
     others += [f"nvidia-h100/error/{phase}/7" for phase in campaign.PHASES]
     assert not any(split.is_fit(key) or split.is_held_out(key) for key in others)

@@ -1,0 +1,1 @@
+"""A small model of Python source text, for traces of prose and code: corpus and training."""
