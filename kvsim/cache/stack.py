@@ -400,14 +400,31 @@ def _carry(rank, queue, n, at, slots, to, source):
             count += 1
             begin += 1
             if r != _GONE:
-                i = end
-                while i > begin and queue[i - 1] < r:
-                    queue[i] = queue[i - 1]
-                    i -= 1
-                queue[i] = r
-                end += 1
+                place = end if begin == end or queue[end - 1] > r else _first_below(queue, r, begin, end)
+                if end - place <= place - begin:
+                    for i in range(end, place, -1):
+                        queue[i] = queue[i - 1]
+                    end += 1
+                else:  # there is room: one has left
+                    begin -= 1
+                    place -= 1
+                    for i in range(begin, place):
+                        queue[i] = queue[i + 1]
+                queue[place] = r
         p += 1
     return count
+
+
+@njit(inline="always")
+def _first_below(queue, r, begin, end):
+    """Where in `queue`, the highest first, the first one below `r` is."""
+    while begin < end:
+        middle = (begin + end) // 2
+        if queue[middle] > r:
+            begin = middle + 1
+        else:
+            end = middle
+    return begin
 
 
 @njit(inline="always")
