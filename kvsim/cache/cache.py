@@ -105,7 +105,7 @@ class Cache(Lanes):
         """One step. Raises PolicyError when the policy breaks its contract."""
         row, peak = a.row.reshape(self.rows, -1), a.peak.reshape(self.rows, -1)
         self.view.now, self.view.keys, self.view.tokens, self.view.vectors = a.step, a.keys, a.tokens, a.vectors
-        limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
+        limits = self.predicate.limits(peak, a.keys, a.visible, a.first)
         out = Outcome.blank(self.rows, self.shape[0], self._unmoved)
         if self.fused and self.fused.step and self.lossy and not (a.prefill or self.selects or self.watch):
             self._pass(self.fused, self.fused.step, a, row, peak, limits, out)
@@ -121,10 +121,10 @@ class Cache(Lanes):
                 out.read = self.sum_layers(self.table.filled()) if seen is self.table.key else self.by_layer(seen >= 0)
             self.observe()
             self._settle(a, out)
+            out.resident = self.resident()
         if self.lossy:
             out.attended = out.hit
         self.view.prompt = None
-        out.resident = self.resident()
         if self.auditing:
             self.audit(a)
         return out
@@ -134,7 +134,7 @@ class Cache(Lanes):
     ) -> None:
         """A decode step of the lossy regime in one compiled pass over the pages; what is not compiled comes after."""
         new_key, (head, tail) = -1, self.protected()
-        if compiled.inserts and a.fresh == 1 and not a.first.any():
+        if compiled.inserts and a.fresh == 1 and not np.count_nonzero(a.first):
             self.grow()
             new_key = a.keys - 1
         else:
@@ -144,7 +144,7 @@ class Cache(Lanes):
         due = whole and self._due(a)
         kept = compiled.kept_between if whole else compiled.kept
         pinned = a.keys - 1 if a.tokens % self.page_size else -1
-        out.held, counts = np.empty((2, self.lanes), np.int64)
+        out.held, counts = np.empty(self.lanes, np.int64), np.empty(self.lanes, np.int64)
         self.each(
             step, *self.table.lines, new_key, due, self.budget, self._batch(a, head, tail), head,
             a.keys - tail, pinned, out.held, counts, *self._touching(a, row, peak, limits, out, kept),
@@ -152,15 +152,16 @@ class Cache(Lanes):
         )  # fmt: skip
         left = kernels.add_up(out.held, counts, out.read)
         compiled.ask(self.view, "observe")
-        if not due:
+        out.resident = out.held
+        if not whole:
             self._settle(a, out)
-            return
-        self._cut = True
+            out.resident = self.resident()
+        self._cut |= due
         if left:
             self.check(a, counts)
             compiled.ask(self.view, "score")
             self.shrink()
-            out.dropped = left
+            out.dropped, out.resident = left, out.held - counts
 
     def _enter(self, a: Access) -> None:
         """New pages get their lines; pages that a sliding window has left behind lose theirs."""
@@ -174,13 +175,16 @@ class Cache(Lanes):
             for key in range(a.keys - a.fresh, a.keys):
                 self.grow()
                 self.table.insert(key, a.step)
-        if a.first.any():
+        if np.count_nonzero(a.first):
             gone = self.table.key < self.per_lane(a.first)[:, None]
             self.table.release_where(gone & (self.table.key >= 0))
 
     def lines(self, a: Access) -> int:
         """Of the table, at first."""
-        return self.stride if not self.lossy else max(a.keys, self.widest + self.policy.lag) + 1
+        if not self.lossy:
+            return self.stride
+        uncut = 0 if self.policy.cut_prompt else self.policy.lag  # pages that may come before the prompt is cut
+        return min(self.stride, max(a.keys + uncut, self.widest + self.policy.lag)) + 1
 
     def _fuse(self, a: Access) -> fused.Fused | None:
         """The policy's compiled loops, where the steps that this request may take pay for them."""
@@ -249,8 +253,7 @@ class Cache(Lanes):
         start = a.tokens - len(a.prompt.peaks)
         for i, (peaks, visible) in enumerate(zip(a.prompt.peaks, a.prompt.visible, strict=True), start + 1):
             keys, first = pages(i, self.page_size), (i - visible) // self.page_size  # of the `i` tokens up to this row
-            seen = keys, self.per_row(visible), self.per_row(first)
-            uses[:, :keys] += self.predicate.used(peaks.reshape(self.rows, n), *seen)
+            uses[:, :keys] += self.predicate.used(peaks.reshape(self.rows, n), keys, visible, first)
         t = self.table
         t.uses[:, :n] = uses.reshape(self.lanes, -1, n).max(1)
         t.mass[:, :n] = prompt.colsum.reshape(self.lanes, n)

@@ -31,15 +31,17 @@ class Use:
         """`need` float32 and `need_key` int32, both [row lanes]: the least `peak` that counts, and from which key on.
 
         A page is used when its peak is above `need`, or equal to it and its key at or above `need_key`. `peak`:
-        [row lanes, stride], no weight below zero; `keys`: pages that the row may see. By row lane, `visible`: tokens
-        that it sees; `first`: the first of those pages.
+        [row lanes, stride], no weight below zero; `keys`: pages that the row may see. By row lane, or by layer of as
+        many row lanes each, `visible`: tokens that it sees; `first`: the first of those pages.
         """
+        rows, each = len(peak), len(peak) // len(first)
         if self.kind == "topk" and self.value < keys:
-            return _largest(peak[:, :keys], int(self.value), first)
+            return _largest(peak[:, :keys], int(self.value), first.repeat(each))
         if self.kind in ("topk", "all"):
-            return np.zeros(len(first), np.float32), first.astype(np.int32)
-        least = self.value / visible if self.kind == "share" else np.full(len(first), self.value)
-        return least.astype(np.float32), np.zeros(len(first), np.int32)
+            return np.zeros(rows, np.float32), first.astype(np.int32).repeat(each)
+        if self.kind == "share":
+            return (self.value / visible).astype(np.float32).repeat(each), np.zeros(rows, np.int32)
+        return np.full(rows, self.value, np.float32), np.zeros(rows, np.int32)
 
     def used(self, peak: np.ndarray, keys: int, visible: np.ndarray, first: np.ndarray) -> np.ndarray:
         """bool [row lanes, keys]: the pages that are used; arguments as in `limits`."""

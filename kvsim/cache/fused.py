@@ -58,7 +58,7 @@ _HEAD = '''"""Written by kvsim.cache.fused from {policy}."""
 import numpy as np
 from numba import njit
 from kvsim.cache.elementwise import exp_of
-from kvsim.cache.kernels import lowest, release_lane, take_line, touch_lane
+from kvsim.cache.kernels import lowest, release_lane, spare, take_line, touch_lane
 _JIT = {{"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}}
 '''
 _LOOP = """
@@ -92,7 +92,7 @@ def step(
     {touch}, {every},
 ):
     slots = key.shape[1]
-    scratch = np.empty((5, max(64, slots)), np.float32)
+    scratch = spare(slots)
     order, out, score = np.empty(slots, np.int32), np.empty(slots, np.int32), np.empty(slots, np.float32)
     for t in range(begin, end):
         if new_key >= 0:
@@ -212,13 +212,18 @@ class _Translator:
         self.columns: dict[str, None] = {"key": None}
         self.scalars: dict[str, None] = {"now": None}
         self.lines: list[str] = []
-        self.written: set[str] = set()
+        self.written: dict[str, None] = {}
 
     def run(self, tree: ast.FunctionDef) -> Loop:
         ended = self._block(tree.body)
         if self.hook == "score" and not ended:
             raise Refused("score may end without a return")
-        return Loop(tuple(self.lines), tuple(self.columns), tuple(self.scalars))
+        lines = self.lines
+        for column in self.written:  # read once and written once, and always: a store that may be left out is slow
+            held = f"of_{column[:-3]}"
+            inside = (re.sub(rf"\b{re.escape(column)}", held, line) for line in lines)
+            lines = [f"{held} = {column}", *inside, f"{column} = {held}"]
+        return Loop(tuple(lines), tuple(self.columns), tuple(self.scalars))
 
     # -- statements --------------------------------------------------------------------------------------------
 
@@ -279,6 +284,7 @@ class _Translator:
     def _store(self, column: _Term, term: _Term, same_kind: bool = False) -> None:
         if same_kind and not isinstance(term.kind, type) and not np.can_cast(term.kind, column.kind, "same_kind"):
             raise Refused(f"NumPy refuses to write {term.kind} into {column.kind} in place")
+        self.written[column.code] = None
         self.lines.append(f"{column.code} = {_cast(term, column.kind)}")
 
     def _column(self, node: ast.expr) -> _Term:

@@ -18,34 +18,47 @@ TOGETHER = 8  # lanes that `_tally` adds up
 _LAST = 2**31 - 1  # above every key and every ordered score
 
 
+@njit(inline="always")
+def spare(slots):
+    """Memory that `touch_lane` works in."""
+    return np.empty((4, slots), np.float32), (np.empty(64, np.float32), np.empty(64, np.int32))
+
+
 @njit(**_JIT)
 def _sum_and_count(x, least, strands):
     """Sum of a row, and how many are at least `least`.
 
-    In 64 `strands`, side by side: no chain of additions, and the same order on any machine.
+    In 64 strands, side by side: no chain of additions, and the same order on any machine. `strands`: spare memory for
+    their sums and counts, float32 and int32 [64].
     """
-    n, count = x.shape[0], np.int32(0)
+    n = x.shape[0]
     many, whole = n - n % 512, n - n % 64
-    strands[:] = 0.0
+    sums, counts = strands
+    sums[:] = 0.0
+    counts[:] = 0
     for i in range(0, many, 512):
         p = x[i : i + 512]
         for j in range(64):
-            first = (p[j] + p[j + 64]) + (p[j + 128] + p[j + 192])
-            strands[j] += first + ((p[j + 256] + p[j + 320]) + (p[j + 384] + p[j + 448]))
-        for j in range(512):
-            count = np.int32(count + np.int32(p[j] >= least))
+            a, b, c, d = p[j], p[j + 64], p[j + 128], p[j + 192]
+            e, f, g, h = p[j + 256], p[j + 320], p[j + 384], p[j + 448]
+            sums[j] += ((a + b) + (c + d)) + ((e + f) + (g + h))
+            low = (np.int32(a >= least) + np.int32(b >= least)) + (np.int32(c >= least) + np.int32(d >= least))
+            high = (np.int32(e >= least) + np.int32(f >= least)) + (np.int32(g >= least) + np.int32(h >= least))
+            counts[j] += low + high
     for i in range(many, whole, 64):
         p = x[i : i + 64]
         for j in range(64):
-            strands[j] += p[j]
-            count = np.int32(count + np.int32(p[j] >= least))
+            sums[j] += p[j]
+            counts[j] += np.int32(p[j] >= least)
     p = x[whole:]
     for j in range(p.shape[0]):
-        strands[j] += p[j]
-        count = np.int32(count + np.int32(p[j] >= least))
-    total = np.float32(0.0)
+        sums[j] += p[j]
+        counts[j] += np.int32(p[j] >= least)
+    total, count = np.float32(0.0), np.int32(0)
     for j in range(16):
-        total += (strands[j] + strands[j + 16]) + (strands[j + 32] + strands[j + 48])
+        total += (sums[j] + sums[j + 16]) + (sums[j + 32] + sums[j + 48])
+    for j in range(64):
+        count = np.int32(count + counts[j])
     return total, count
 
 
@@ -69,7 +82,7 @@ def _read(row, peak, keys, need, need_key, page_size, strands):
 @njit(**_JIT)
 def row_totals(row, peak, keys, need, need_key, page_size, total, used):
     """Per row lane: the row's sum and how many pages are used."""
-    strands = np.empty(64, np.float32)
+    strands = spare(0)[1]
     for m in range(row.shape[0]):
         total[m], used[m] = _read(row[m], peak[m], keys, need[m], need_key[m], page_size, strands)
 
@@ -92,10 +105,9 @@ def touch_lane(
     Short loops over one lane, of few arrays each: a processor does eight lines at once only where no more than a few
     arrays could overlap, and one lane stays in its nearest cache.
     """
-    slots = key.shape[1]
     group = row.shape[0] // key.shape[0]
-    now, strands = np.int32(now), scratch[4, :64]
-    weight, weight_sum, top, top_sum = scratch[0, :slots], scratch[1, :slots], scratch[2, :slots], scratch[3, :slots]
+    now, (work, strands) = np.int32(now), scratch
+    weight, weight_sum, top, top_sum = work[0], work[1], work[2], work[3]
     page, least, least_key, factor = key[t], np.float32(0.0), np.int32(0), np.float32(1.0)
     for m in range(t * group, (t + 1) * group):
         total[m], used[m] = _read(row[m], peak[m], keys, need[m], need_key[m], page_size, strands)
@@ -139,7 +151,7 @@ def touch(
 
     Arguments as those of `touch_lane`.
     """
-    scratch = np.empty((5, max(64, key.shape[1])), np.float32)
+    scratch = spare(key.shape[1])
     for t in range(begin, end):
         touch_lane(
             t, scratch, _filled(key[t]), key, row, peak, keys, weights, mass, last, uses, now, renormalise, use,
@@ -302,6 +314,31 @@ def land(missing, copies, arrived, now):
             if missing[t, s]:
                 copies[t, s] |= 1
                 arrived[t, s] = now
+
+
+@njit(**_JIT)
+def filled_lines(key, most):
+    """The slots of each lane's pages, up to `most` (the rest: slot 0), and whether their keys ascend in every lane."""
+    lines, ascending = np.zeros((key.shape[0], most), np.int64), True
+    for t in range(key.shape[0]):
+        n, before = 0, np.int32(-1)
+        for s in range(key.shape[1]):
+            if key[t, s] >= 0:
+                ascending = ascending and key[t, s] > before
+                lines[t, n], before = s, key[t, s]
+                n += 1
+    return lines, ascending
+
+
+@njit(**_JIT)
+def copy_lines(order, counts, columns, copies, new_columns, new_copies):
+    """The first `counts[t]` lines that `order` lists, side by side into another table."""
+    for t in range(order.shape[0]):
+        for i in range(columns.shape[0]):
+            for n in range(counts[t]):
+                new_columns[i, t, n] = columns[i, t, order[t, n]]
+        for n in range(counts[t]):
+            new_copies[t, n] = copies[t, order[t, n]]
 
 
 @njit(**_JIT)

@@ -55,7 +55,7 @@ class Lanes:
 
     def grow(self) -> None:
         """Lines for a policy that outgrows its budget (a read set, a prompt not yet cut, a larger split)."""
-        if self.table.free_count.min() == 0:
+        if np.count_nonzero(self.table.free_count) < self.lanes:
             self.resize(min(self.stride, 2 * self.table.slots) + 1)
 
     def shrink(self) -> None:
@@ -166,10 +166,6 @@ class Lanes:
 
     def sum_layers(self, per_lane: np.ndarray) -> np.ndarray:
         return per_lane.reshape(self.shape).sum(1)
-
-    def per_row(self, per_layer: np.ndarray) -> np.ndarray:
-        """A value per layer of the view (or one for all), by row lane."""
-        return per_layer.repeat(self.rows // len(per_layer))
 
     def per_lane(self, first: np.ndarray) -> np.ndarray:
         """First visible key per table lane from the one per layer."""

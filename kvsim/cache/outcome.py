@@ -54,8 +54,8 @@ class Outcome:
     def blank(cls, rows: int, layers: int, moved: tuple[np.ndarray, ...] | None = None) -> Outcome:
         """Nothing found, nothing moved: `rows` row lanes, `layers` layers of the table. `moved`: what `no_moves` gave,
         where steps may share it."""
-        total, hit, attended = np.empty((3, rows), np.float32)
-        used, found = np.empty((2, rows), np.int64)
+        total, hit, attended = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
+        used, found = np.empty(rows, np.int64), np.empty(rows, np.int64)
         read, moves = np.zeros(layers, np.int64), moved or no_moves(layers)
         return cls(total, hit, attended, used, found, _NONE, _NONE, read, *moves)  # type: ignore[arg-type]
 

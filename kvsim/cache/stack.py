@@ -145,7 +145,7 @@ class Stacks(Cache):
         t, score, (head, tail) = self.table, self._scores(), self.protected()
         peak, limits = a.peak.reshape(self.rows, -1), self._no_limits
         if not self.lossy:
-            limits = self.predicate.limits(peak, a.keys, self.per_row(a.visible), self.per_row(a.first))
+            limits = self.predicate.limits(peak, a.keys, a.visible, a.first)
         pinned = a.keys - 1 if a.tokens % self.page_size else -1
         self.each(
             descend, score, t.key, t.copies, t.free, t.free_count, self._slots, a.keys, head, a.keys - tail, pinned,

@@ -74,13 +74,18 @@ class Table:
     def resized(self, slots: int) -> Table:
         """The same pages, in key order, in a table of `slots` lines."""
         new = Table(self.lanes, slots, {name: (c.dtype, c.shape[2:]) for name, c in self.private.items()})
-        order = np.argsort(np.where(self.key < 0, np.iinfo(np.int32).max, self.key), axis=1, kind="stable")[:, :slots]
-        n = order.shape[1]
-        for name in COLUMNS:
-            getattr(new, name)[:, :n] = np.take_along_axis(getattr(self, name), order, 1)
+        counts = self.filled()
+        order, ascending = kernels.filled_lines(self.key, int(counts.max()))
+        if not ascending:
+            key = np.take_along_axis(self.key, order, 1)
+            key[np.arange(order.shape[1]) >= counts[:, None]] = np.iinfo(np.int32).max
+            order = np.take_along_axis(order, np.argsort(key, axis=1, kind="stable"), 1)
+        kernels.copy_lines(order, counts, self.columns, self.copies, new.columns, new.copies)
+        lines = (order + self.slots * self._lanes[:, None]).ravel()
         for name, column in self.private.items():
-            new.private[name][:, :n] = column[np.arange(self.lanes)[:, None], order]
-        new.free_count[:] = np.count_nonzero(new.key < 0, axis=1)
+            moved = column.reshape(-1, *column.shape[2:])[lines]
+            new.private[name][:, : order.shape[1]] = moved.reshape(*order.shape, *column.shape[2:])
+        new.free_count -= counts
         return new
 
     def audit(self) -> None:
