@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from replay import HEADS, LAYERS, VISIBLE, accesses
 
-from kvsim import registry
-from kvsim.cache import threads
+from kvsim import registry, threads
 from kvsim.cache.cache import Cache
 from kvsim.cache.demand import FAIR_SHARE, parse_demand
 from kvsim.cache.stack import Stacks

@@ -17,8 +17,7 @@ import time
 import numpy as np
 from numba import njit
 
-from kvsim import registry
-from kvsim.cache import threads
+from kvsim import registry, threads
 from kvsim.cache.cache import Cache
 from kvsim.cache.tiers import Capacity
 from kvsim.trace.access import Access, Prompt

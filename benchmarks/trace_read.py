@@ -1,10 +1,10 @@
-"""How fast a trace is read: stored entries per second and core, from file bytes to dense float32 rows.
+"""How fast a trace is read: stored entries per second, from file bytes to dense float32 rows.
 
-Writes a synthetic trace (heavy-tailed rows), then times, single-threaded and as the best of some rounds:
+Writes a synthetic trace (heavy-tailed rows), then times, on one core or more and as the best of some rounds:
 the whole reader, Parquet to byte planes alone, and decoding alone. The memory floor is the time to read the
 byte planes once and to write every visible dense weight once, at the bandwidth of a large copy.
 
-    python benchmarks/trace_read.py --layers 16 --heads 8 --prompt 1024 --steps 96
+    python benchmarks/trace_read.py --layers 16 --heads 8 --prompt 1024 --steps 96 [--threads 1]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from kvsim import threads
 from kvsim.trace import TraceWriter, open_trace, synthetic
 from kvsim.trace.reader import FileSource
 
@@ -67,10 +68,11 @@ def bandwidth(rounds: int, size: int = 1 << 28) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("layers", 16), ("heads", 8), ("prompt", 1024), ("steps", 96), ("rounds", 5)):
+    for name, default in (("layers", 16), ("heads", 8), ("prompt", 1024), ("steps", 96), ("rounds", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
-    pa.set_cpu_count(1)
+    pa.set_cpu_count(a.threads)
+    threads.cores = lambda: a.threads
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.kvtrace"
         write(Path(folder) / "warm.kvtrace", 1, 1, 8, 2)  # compiles

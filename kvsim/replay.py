@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from kvsim import registry
-from kvsim.cache import kernels, threads
+from kvsim import registry, threads
+from kvsim.cache import kernels
 from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use, parse_demand, parse_use
 from kvsim.cache.future import Future

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.cache import fused, hooks, kernels, sized, threads
+from kvsim import threads
+from kvsim.cache import fused, hooks, kernels, sized
 from kvsim.cache.table import GPU, Table
 from kvsim.cache.view import Facts, View, locked, protected
 from kvsim.trace.access import Access

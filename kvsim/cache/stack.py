@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvsim.cache import fused, threads
+from kvsim import threads
+from kvsim.cache import fused
 from kvsim.cache.cache import Cache
 from kvsim.cache.kernels import _JIT, _LAST, TOGETHER, _is_used, _ordered, _rank
 from kvsim.cache.outcome import Outcome

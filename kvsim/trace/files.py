@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvsim import threads
 from kvsim.errors import TraceError
 from kvsim.trace.access import Geometry
 from kvsim.trace.layout import FORMAT, VERSION
@@ -114,7 +115,7 @@ def read_groups(
 ) -> pa.Table:
     """Some row groups; what Parquet says about a corrupt one becomes a TraceError."""
     try:
-        return file.read_row_groups(groups, columns=columns and list(columns), use_threads=False)
+        return file.read_row_groups(groups, columns=columns and list(columns), use_threads=threads.cores() > 1)
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"the rows cannot be read: {_first_line(error)}", where=str(path), hint=AGAIN) from error
 

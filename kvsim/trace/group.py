@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kvsim import threads
 from kvsim.errors import TraceError
 from kvsim.trace import kernels
 from kvsim.trace.files import AGAIN
@@ -71,19 +72,20 @@ class Group(Lines):
 
     def decode(self, begin: int, end: int, out: np.ndarray, peaks: bool = False, spread: bool = True) -> None:
         """Lines begin .. end-1 into out, float32 [end - begin, kv_heads, tokens]."""
-        part = slice(begin, end)
+        part, p = slice(begin, end), self.planes
         lo, hi, start, sink = self.kv_lo[part], self.kv_hi[part], self.start[part], self.sink[part]
+        status, head = np.zeros((2, end - begin), np.int64)
+        lines, answer = (end - begin, out.shape[1] * out.shape[2]), (out, status, head)
         if self.lossless:
-            values = self.planes["max32" if peaks else "w32"]
-            status, row, head = kernels.copy_rows(values, sink, lo, hi, start, not peaks, out)
+            values = p["max32" if peaks else "w32"]
+            threads.each(kernels.copy_rows, *lines, values, sink, lo, hi, start, not peaks, *answer)
         else:
-            p = self.planes
-            dmax = p["dmax"] if peaks else p["w"][:0]
-            status, row, head = kernels.decode_rows(
-                self.n[part], self.mass[part], sink, lo, hi, start, p["gap_lo"], p["gap_hi"], p["w"], dmax, spread, out
-            )
-        if status != kernels.OK:
-            self.fail(begin + row, kernels.MEANING[status], head)
+            entries = p["gap_lo"], p["gap_hi"], p["w"], p["dmax"] if peaks else p["w"][:0]
+            given = self.n[part], self.mass[part], sink, lo, hi, start, *entries, spread
+            threads.each(kernels.decode_rows, *lines, *given, *answer)
+        if status.any():
+            row = int(np.argmax(status > 0))
+            self.fail(begin + row, kernels.MEANING[status[row]], int(head[row]))
 
 
 def _plain(table: pa.Table, name: str) -> np.ndarray:

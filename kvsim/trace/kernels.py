@@ -155,78 +155,92 @@ def check_row(mean, sink):
 
 
 @njit(cache=True, nogil=True)
-def decode_rows(n, mass, sink, kv_lo, kv_hi, start, gap_lo, gap_hi, w, dmax, spread, out):
-    """Stored entries of a step into `out`; returns (status, row, head).
+def decode_rows(begin, end, n, mass, sink, kv_lo, kv_hi, start, gap_lo, gap_hi, w, dmax, spread, out, status, head):
+    """Stored entries of the rows `begin` to `end` into `out`; what is wrong with a row into `status`, and `head`.
 
     n: uint32 [rows, heads]; mass, sink: float32 [rows, heads]; kv_lo, kv_hi: int32 [rows]; start: int64
     [rows], first entry; the byte planes hold all entries of the row group. out: float32 [rows, heads,
-    tokens], one row per layer, zero at and beyond kv_hi. Kept weights are scaled to sum to 1 - sink -
-    mass; `mass` is spread over the visible positions not stored when `spread` is set. With `dmax` (else
-    empty) the kept values are those of the group's largest query head.
+    tokens], one row per layer, zero at and beyond kv_hi. status, head: int64 [rows]. Kept weights are scaled to
+    sum to 1 - sink - mass; `mass` is spread over the visible positions not stored when `spread` is set. With
+    `dmax` (else empty) the kept values are those of the group's largest query head.
     """
-    with_peak = dmax.size > 0
-    for r in range(n.shape[0]):
-        at = start[r]
-        lo, hi = kv_lo[r], kv_hi[r]
+    for r in range(begin, end):
+        at, status[r] = start[r], OK
         for h in range(n.shape[1]):
-            end = at + np.int64(n[r, h])
-            residual, lost = np.float64(mass[r, h]), np.float64(sink[r, h])
-            target = 1.0 - lost - residual
-            if not (residual >= 0 and lost >= 0 and target >= -TOLERANCE):
-                return BAD_SHARE, r, h
-            fixed, gaps = np.int64(0), 0
-            for i in range(at, end):
-                fixed += _FIXED[w[i]]
-                gaps += w[i] == 0
-            total = fixed / _UNIT
-            if abs(total - target) > 0.03 * target + 1.5 * TOLERANCE:
-                return SUM_OFF, r, h
-            scale = np.float32(target / total if total > 0 else 0.0)
-            unstored = (hi - lo) - (end - at - gaps)
-            rest = np.float32(residual / unstored if spread and unstored > 0 else 0.0)
-            line = out[r, h]
-            line[:lo] = 0
-            line[lo:hi] = rest
-            position = np.int64(lo)
-            chained = True  # the first gap, and one after a continuation, may be zero
-            for i in range(at, end):
-                gap = np.int64(gap_lo[i]) | (np.int64(gap_hi[i]) << 8)
-                if gap == 0 and not chained:
-                    return REPEATED, r, h
-                position += gap
-                c = w[i]
-                chained = c == 0
-                if chained:
-                    continue
-                if position >= hi:
-                    return PAST_END, r, h
-                line[position] = WEIGHT[c - min(c - 1, dmax[i])] if with_peak else WEIGHT[c] * scale
-            at = end
-    return OK, 0, 0
+            stop = at + np.int64(n[r, h])
+            status[r] = _decode_row(
+                at, stop, mass[r, h], sink[r, h], kv_lo[r], kv_hi[r], gap_lo, gap_hi, w, dmax, spread, out[r, h]
+            )
+            if status[r] != OK:
+                head[r] = h
+                break
+            at = stop
 
 
 @njit(cache=True, nogil=True)
-def copy_rows(w32, sink, kv_lo, kv_hi, start, bounded, out):
+def _decode_row(begin, end, mass, sink, lo, hi, gap_lo, gap_hi, w, dmax, spread, line):
+    with_peak = dmax.size > 0
+    residual, lost = np.float64(mass), np.float64(sink)
+    target = 1.0 - lost - residual
+    if not (residual >= 0 and lost >= 0 and target >= -TOLERANCE):
+        return BAD_SHARE
+    fixed, gaps = np.int64(0), 0
+    for i in range(begin, end):
+        fixed += _FIXED[w[i]]
+        gaps += w[i] == 0
+    total = fixed / _UNIT
+    if abs(total - target) > 0.03 * target + 1.5 * TOLERANCE:
+        return SUM_OFF
+    scale = np.float32(target / total if total > 0 else 0.0)
+    unstored = (hi - lo) - (end - begin - gaps)
+    rest = np.float32(residual / unstored if spread and unstored > 0 else 0.0)
+    line[:lo] = 0
+    line[lo:hi] = rest
+    position = np.int64(lo)
+    chained = True  # the first gap, and one after a continuation, may be zero
+    for i in range(begin, end):
+        gap = np.int64(gap_lo[i]) | (np.int64(gap_hi[i]) << 8)
+        if gap == 0 and not chained:
+            return REPEATED
+        position += gap
+        c = w[i]
+        chained = c == 0
+        if chained:
+            continue
+        if position >= hi:
+            return PAST_END
+        line[position] = WEIGHT[c - min(c - 1, dmax[i])] if with_peak else WEIGHT[c] * scale
+    return OK
+
+
+@njit(cache=True, nogil=True)
+def copy_rows(begin, end, w32, sink, kv_lo, kv_hi, start, bounded, out, status, head):
     """Rows stored whole (float32) into `out`; shapes and answer as in `decode_rows`.
 
     `bounded`: the rows are means, which sum to at most 1; the largest of a group may sum to more.
     """
-    for r in range(kv_lo.size):
-        lo, hi = kv_lo[r], kv_hi[r]
-        size = hi - lo
+    for r in range(begin, end):
+        size, status[r] = kv_hi[r] - kv_lo[r], OK
         for h in range(out.shape[1]):
-            begin = start[r] + h * size
-            line = out[r, h]
-            line[:lo] = 0
-            total = np.float64(sink[r, h])
-            for i in range(size):
-                x = w32[begin + i]
-                if x < 0:
-                    return NEGATIVE, r, h
-                total += x
-                line[lo + i] = x
-            if not np.isfinite(total):
-                return NOT_FINITE, r, h
-            if bounded and (total > 1 + TOLERANCE or not sink[r, h] >= 0):
-                return ABOVE_ONE, r, h
-    return OK, 0, 0
+            at = start[r] + h * size
+            status[r] = _copy_row(w32[at : at + size], sink[r, h], kv_lo[r], bounded, out[r, h])
+            if status[r] != OK:
+                head[r] = h
+                break
+
+
+@njit(cache=True, nogil=True)
+def _copy_row(values, sink, lo, bounded, line):
+    line[:lo] = 0
+    total = np.float64(sink)
+    for i in range(values.shape[0]):
+        x = values[i]
+        if x < 0:
+            return NEGATIVE
+        total += x
+        line[lo + i] = x
+    if not np.isfinite(total):
+        return NOT_FINITE
+    if bounded and (total > 1 + TOLERANCE or not sink >= 0):
+        return ABOVE_ONE
+    return OK

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsim import registry
-from kvsim.cache import fused, kernels, threads
+from kvsim import registry, threads
+from kvsim.cache import fused, kernels
 from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
 from kvsim.cache.table import COLUMNS, Table

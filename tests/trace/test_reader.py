@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kvsim import threads
 from kvsim.errors import TraceError
 from kvsim.trace import layout, open_trace, pack, reader
 from kvsim.trace.check import check, info
@@ -146,6 +147,31 @@ def test_a_position_twice(lossy):
 
     rewrite(lossy, "attn-1.parquet", change)
     refuses(lossy, "the same position twice")
+
+
+@pytest.mark.parametrize("kind", ["lossy", "whole"])
+def test_more_cores_read_the_same_and_name_the_first_damage(kind, request, monkeypatch):
+    trace = request.getfixturevalue(kind)
+
+    def read(cores):
+        monkeypatch.setattr(threads, "cores", lambda: cores)
+        monkeypatch.setattr(threads, "THREADED", 1)
+        return [a.row.copy() for r in open_trace(trace).requests() for a in r.accesses()]
+
+    assert all(map(np.array_equal, read(1), read(3)))
+    columns = ["w32"] if kind == "whole" else ["gap_hi", "mass"]
+
+    def change(lines):
+        for i, name in ((-1, columns[0]), (-2, columns[-1])):  # both layers of the last step
+            lines[name][i] = b"\xff" * len(lines[name][i])
+
+    rewrite(trace, "attn-1.parquet", change)
+    found = []
+    for cores in (1, 3):
+        with pytest.raises(TraceError) as error:
+            read(cores)
+        found.append(str(error.value))
+    assert found[0] == found[1] and "layer 0" in found[0]
 
 
 def test_counts_that_disagree_with_the_blobs(lossy):

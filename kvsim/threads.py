@@ -1,6 +1,6 @@
-"""Lanes over the cores of this process: compiled loops that each do some of the lanes and hold no lock.
+"""Lanes (or lines of a trace) over the cores of this process: compiled loops that each do some and hold no lock.
 
-Lanes share nothing, so how many threads there are changes no number.
+They share nothing, so how many threads there are changes no number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def each(loop: Callable[..., None], lanes: int, slots: int, *arguments: Any, tog
             except BaseException as error:
                 done.put(error)
 
-    jobs = _jobs(os.getpid())
+    jobs = _jobs(os.getpid(), cores() - 1)
     for _ in range(cores() - 1):
         jobs.put(work)
     work()
@@ -56,10 +56,10 @@ def cores() -> int:
 
 
 @cache
-def _jobs(process: int) -> SimpleQueue[Callable[[], None]]:
-    """What the other threads of this process take their work from; a fork has none of its parent's."""
+def _jobs(process: int, others: int) -> SimpleQueue[Callable[[], None]]:
+    """What the `others` of this process's threads take their work from; a fork has none of its parent's."""
     jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-    for _ in range(cores() - 1):
+    for _ in range(others):
         Thread(target=_serve, args=(jobs,), name="kvsim-lanes", daemon=True).start()
     return jobs
 
