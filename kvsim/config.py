@@ -48,7 +48,7 @@ class RunConfig(BaseModel):
     overlap: Literal["layer", "step", "none"] = "layer"
     concurrency: int = Field(1, ge=1)
     requests: list[int] | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     constants: dict[str, Any] = {}
 
     @field_validator("budget", "use", "host", "ssd", mode="before")

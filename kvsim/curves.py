@@ -266,7 +266,7 @@ def _point(setting: _Setting, budget: str, measure: Callable[[_Setting, Request,
     return {
         "budget": budget,
         "pages": sum(held) / len(held),
-        "recall" if setting.lossy else "mass_hit_rate": ratio(mass, weight),
+        "recall" if setting.lossy else "mass_hit_rate": min(ratio(mass, weight), 1.0),  # sums in another order
         "page_hit_rate": ratio(pages, used),
     }
 

@@ -31,7 +31,7 @@ METRICS = {
     "stranded_share": "stranded",
 }
 SHOWN = ("20%", "50%")
-MIB = 2**20
+KIB = 2**10
 
 
 def read_grid(folder: Path) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def results_text(rows: list[dict[str, Any]]) -> str:
     for budget in SHOWN:
         at = [row for row in rows if row["budget"] == budget and row["policy"] != "full"]
         ceiling = next(row["even_ceiling"] for row in at if row["policy"] == "lru")
-        head = f"| policy | {' | '.join(METRICS.values())} | read, MiB | held, MiB | state, bytes |\n|---|" + "---|" * (
+        head = f"| policy | {' | '.join(METRICS.values())} | read, KiB | held, KiB | state, bytes |\n|---|" + "---|" * (
             len(METRICS) + 2
         )
         lines = [_numbers(row) for row in sorted(at, key=lambda row: (-row["recall"], row["policy"]))]
@@ -79,7 +79,7 @@ def results_text(rows: list[dict[str, Any]]) -> str:
 
 def _numbers(row: dict[str, Any]) -> str:
     cells = ["" if row[key] is None else f"{row[key]:.3f}" for key in METRICS]
-    read, held = (f"{row[f'{what}_mean_bytes'] / MIB:.1f}" for what in ("read", "held"))
+    read, held = (f"{row[f'{what}_mean_bytes'] / KIB:.0f}" for what in ("read", "held"))
     name = f"`{row['policy']}`" + (" (oracle)" if row["oracle"] else "")
     return "| " + " | ".join([name, *cells, read, held, str(row["state_bytes_per_page"])]) + " |"
 
@@ -137,6 +137,13 @@ Which of them agree with whose original: [peers.md](peers.md).
   once.
 - PyramidInfer's thinning while decoding keeps a share without a budget and is left out; ALISA's placement in phases and
   Marconi's prefix nodes are offload systems, Cold-RL a learned policy: these are not policies of attention.
+- H2O's FlexGen code counts its window in slots, into which later tokens are swapped: apart from that it is `h2o` with
+  one recent token fewer. StreamingLLM's `evict_for_space` makes room before attention: that is `streaming-llm` at a
+  budget of one page less, since here a step sees one page more than the budget.
+- Finch reads the prompt chunk by chunk under the question's attention; a trace's prompt was read whole. BeladySize
+  weighs distances by sizes, which pages of attention do not have: `belady` counts them all as one.
+- How the query heads of a group become one row is settled when a trace is captured (their mean, and their largest
+  where it is stored); only `quest`, which works on queries, takes a `reduce` of its own.
 - KIVI and RotateKV change bits, not presence: they are [formats of a tier](hardware.md#tier-formats).
 
 ## On our trace
@@ -145,8 +152,13 @@ Which of them agree with whose original: [peers.md](peers.md).
 and without protected tokens. All numbers are of an open loop, and of one small model: they say how the policies treat
 *this* attention, not which is best. Recall is attention mass; output error, what the missing pages do to attention's
 output; gold loss, the share of the tokens that the answer comes from which are gone; recurrence loss, that of uses;
-stranded, tokens that are gone but whose block of 16 is still held. Bytes are those of an
-8B model's pages, mean over decode steps: what attention reads, and what is held on the GPU (read sets hold everything).
+stranded, tokens that are gone but whose block of 16 is still held. Bytes are those of this
+model's pages (fp16), mean over decode steps: what attention reads, and what is held on the GPU (read sets hold all).
+
+To read the tables with: pages are of one token, so Quest's bound of a page is its exact score, and with `dense` layers
+(two of three here) it and FlexiCache read far more than the budget says: see the bytes. What decides once cuts the
+prompt, which is less than half of the final length: at 50 % it has nothing to cut. What of a prompt is above the budget
+leaves in one go: there RoCo's deviation decides, and its mean has no part yet.
 
 Best three that hold no more than the budget (and a declared lag):
 

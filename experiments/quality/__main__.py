@@ -1,9 +1,12 @@
 """Closed loop against open loop: what eviction costs in right answers, and what a replay of the trace says of it.
 
     python -m experiments.quality run --device cpu --out experiments/quality/results/cpu.jsonl
+    python -m experiments.quality lanes --device cpu --out experiments/quality/results/cpu.jsonl
     python -m experiments.quality report          # docs/quality.md and its figures, from the committed rows
 
 `run` writes one JSON line per policy and budget when it is measured; points that the file holds are not measured again.
+`lanes` adds to those lines what eviction costs where it is applied in one layer and KV head alone (a quarter of an
+hour), and what of the open loop the lines of an older version lack.
 """
 
 from __future__ import annotations
@@ -48,6 +51,43 @@ def run(args: argparse.Namespace) -> None:
             tell.close()
 
 
+def lanes(args: argparse.Namespace) -> None:
+    import torch
+
+    from experiments.quality import points
+    from experiments.quality.rows import read
+    from kvsim.results import file_beside
+
+    torch.set_num_threads(args.threads)
+    rows = read([args.out])
+
+    def told(row: points.Row) -> Bar:
+        return Bar(f"{rows.index(row) + 1}/{len(rows)} {row['policy']} {row['budget']}")
+
+    def save() -> None:
+        with file_beside(args.out) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def bench(chains: int) -> points.Bench:
+        return points.Bench(args.model, args.device, name=args.name, chains=chains, settings=args.settings)
+
+    with closing(bench(args.chains)) as whole:
+        for row in rows:
+            if row["key"] == whole.key(row["policy"], row["budget"]) and "halved" not in row["open"]:
+                tell = told(row)
+                row["open"] = points.open_loop(whole.path, row["policy"], row["budget"], progress=tell)
+                tell.close()
+    save()
+    with closing(bench(min(args.chains, points.LANE_CHAINS))) as few:
+        for row in rows:
+            same = row["key"] == whole.key(row["policy"], row["budget"])
+            if same and row["budget"] in points.LANE_BUDGETS and "alone" not in row:
+                tell = told(row)
+                row["alone"] = few.lane_by_lane(row["policy"], row["budget"], tell)
+                save()
+                tell.close()
+
+
 class Bar:
     """Progress of a point on the error stream: a bar where a person looks, else a line when it is done."""
 
@@ -75,18 +115,22 @@ def main(argv: list[str] | None = None) -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = ap.add_subparsers(required=True)
     measure = commands.add_parser("run", help="measure points")
-    measure.add_argument("--device", default="cpu", help="cpu or cuda")
-    measure.add_argument("--out", type=Path, default=HERE / "results" / "cpu.jsonl", help="rows; those in it are known")
-    measure.add_argument("--model", type=Path, default=HERE.parent / "reasoner" / "model")
-    measure.add_argument("--name", default="", help="of the model; the name of its folder's parent")
-    measure.add_argument("--chains", type=int, default=24)
-    measure.add_argument("--settings", default="problems=5,steps=8", help="of the task")
+    alone = commands.add_parser("lanes", help="evict in one layer and KV head alone")
+    for command, does in ((measure, run), (alone, lanes)):
+        command.add_argument("--device", default="cpu", help="cpu or cuda")
+        command.add_argument(
+            "--out", type=Path, default=HERE / "results" / "cpu.jsonl", help="rows; those in it are known"
+        )
+        command.add_argument("--model", type=Path, default=HERE.parent / "reasoner" / "model")
+        command.add_argument("--name", default="", help="of the model; the name of its folder's parent")
+        command.add_argument("--chains", type=int, default=24)
+        command.add_argument("--settings", default="problems=5,steps=8", help="of the task")
+        command.add_argument("--threads", type=int, default=1)
+        command.set_defaults(command=does)
     measure.add_argument("--policy", action="append", help="only this one, or one more; several times")
     measure.add_argument("--budget", action="append", help="only this one; several times")
-    measure.add_argument("--threads", type=int, default=1)
     measure.add_argument("--workers", type=int, default=0, help="further processes, for the open loops")
     measure.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which none is begun")
-    measure.set_defaults(command=run)
     page = commands.add_parser("report", help="write docs/quality.md")
     page.add_argument("rows", nargs="*", type=Path, help="files of rows; without any, those in results/")
     page.set_defaults(command=report)

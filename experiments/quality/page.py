@@ -29,6 +29,7 @@ SHOWN = ("recall", "gold_loss")  # predictors in the figure
 # Of the open loop, the higher the worse; what it is called, and how it is read from a row.
 PREDICTORS: dict[str, tuple[str, Callable[[Row], float]]] = {
     "recall": ("lost attention mass (1 - recall)", lambda row: 1 - row["open"]["recall"]),
+    "halved": ("rows that lost more than half of their mass", lambda row: row["open"]["halved"]),
     "output_error": ("output error", lambda row: row["open"]["output_error"]),
     "recurrence_loss": ("recurrence loss", lambda row: row["open"]["recurrence_loss"]),
     "gold_loss": ("gold-source loss", lambda row: row["open"]["gold_loss"]),
@@ -216,10 +217,15 @@ def points_text(g: Group) -> str:
     return table(head, [line(p) for p in (g.full, *order)])
 
 
+def predictors(g: Group) -> Mapping[str, tuple[str, Callable[[Row], float]]]:
+    """Those that all rows have: older ones may lack some."""
+    return {key: pair for key, pair in PREDICTORS.items() if all(key in p.row["open"] for p in g.points)}
+
+
 def correlations_text(g: Group) -> str:
     """How the open loop ranks all points, and the policies at each budget."""
     lines = []
-    for name, value in PREDICTORS.values():
+    for name, value in predictors(g).values():
         predicted = [value(p.row) for p in g.points]
         cells = []
         for measured in ("loss", "right"):
@@ -238,7 +244,7 @@ def best_predictor(g: Group) -> str:
     """Which open-loop metric goes best with the loss."""
     found = {
         key: (spearman([value(p.row) for p in g.points], [p.loss.mean() for p in g.points]), name)
-        for key, (name, value) in PREDICTORS.items()
+        for key, (name, value) in predictors(g).items()
     }
     known = [pair for pair in found.values() if not math.isnan(pair[0])]
     if not known:
@@ -251,7 +257,7 @@ def best_predictor(g: Group) -> str:
 def misleading_text(g: Group) -> str:
     """Pairs that the open loop orders the wrong way round."""
     pairs, lines = told_apart(g), []
-    for name, value in PREDICTORS.values():
+    for name, value in predictors(g).values():
         wrong = [p for p in pairs if value(p.better.row) > value(p.worse.row)]
         share = f"{len(wrong)} ({percent(len(wrong) / len(pairs))})" if pairs else "0"
         lines.append([name, share, _case(max(wrong, key=lambda p: (p.answers, p.gap)), value) if wrong else "none"])
@@ -271,6 +277,42 @@ def _case(p: Pair, value: Callable[[Row], float]) -> str:
         f"closed loop {small(a.loss.mean())} against {small(b.loss.mean())} nats, {percent(a.right.mean())} against "
         f"{percent(b.right.mean())} right"
     )
+
+
+def lanes_text(g: Group) -> str:
+    """What eviction costs in one lane alone, and what it took there."""
+    points = sorted((p for p in g.points if "alone" in p.row), key=lambda p: (-p.share, p.loss.mean()))
+    if not points:
+        return "Not measured on this device (`python -m experiments.quality lanes`)."
+    lines, alone, shared = [], 0, 0
+    for p in points:
+        lanes = {(layer, head): lane for layer, row in enumerate(p.row["alone"]) for head, lane in enumerate(row)}
+        order = sorted(lanes, key=lambda at: -np.mean(lanes[at]["loss"]))
+        chains = len(lanes[order[0]]["loss"])
+        everywhere = p.loss[:chains].mean()
+        alone += np.mean(lanes[order[0]]["loss"]) >= everywhere / 2
+        shared += sum(np.mean(lane["loss"]) for lane in lanes.values()) < everywhere / 2
+        cells = [f"{p.share:.0f} %", f"`{p.policy}`", small(everywhere)]
+        for at in order[:2]:
+            kinds = lanes[at]["loss_by_kind"]
+            words = ", ".join(f"`{word}` {percent(share)}" for word, share in lanes[at]["lost"])
+            cells += [f"{at[0]}, {at[1]}", small(np.mean(lanes[at]["loss"])), max(kinds, key=kinds.__getitem__), words]
+        lines.append([*cells, small(np.mean([np.mean(lanes[at]["loss"]) for at in order[2:]]))])
+    head = [
+        "budget",
+        "policy",
+        "in all lanes",
+        *2 * ["lane", "there alone", "mostly", "lost there"],
+        "mean of the others",
+    ]
+    shown = ", which a mean over lanes, as recall is, can hardly show" if alone else ""
+    return f"""Gold loss, nats, where eviction is applied in one layer and KV head alone and the model sees all else
+({chains} chains): the two worst lanes of {len(lanes)}, the kind of token that fails most there, and the words that
+eviction took most attention from in that lane of the captured trace, with their share of all that was lost there.
+At {alone} of {len(points)} points one lane alone brings at least half of the loss of all of them{shown}.
+At {shared} points not even the losses of all lanes alone add up to half of it: there lanes stand in for one another.
+
+{table(head, lines)}"""
 
 
 def claim_text(g: Group) -> str:
@@ -397,6 +439,10 @@ any such metric follows: the columns by budget are the harder question.
 
 {misleading_text(g)}
 
+### Which lanes the loss comes from
+
+{lanes_text(g)}
+
 ### Does LazyEviction keep accuracy at {AT} where H2O and TOVA lose it?
 
 {claim_text(g)}
@@ -425,7 +471,8 @@ head, later tokens are computed from what is left, and the policy sees the atten
 - *Held*: pages that attention saw, mean over steps and lanes, of the final length.
 - Beside them what a replay of the captured trace of the same chains says at the same budget (the numbers of
   `kvsim run`): recall, output error, recurrence loss, gold-source loss, and *gold gone*, how often a needed token was
-  in no lane at all.
+  in no lane at all; and the share of rows (a step in a layer and KV head) that lost more than half of
+  their mass. That one was chosen among eleven candidates on the shipped reasoner's rows: what it says of others counts.
 
 The models are small, trained by us on one task, in which most statements of the prompt are needed once, late, and
 nothing before that says when. The numbers say how eviction treats such reasoning, not what it does to a large model.

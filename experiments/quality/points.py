@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import runpy
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ from kvsim.measure.capture import capture
 from kvsim.measure.closed_loop import ClosedLoop, Played, pages_of
 from kvsim.measure.prompts import Prompt, task_prompts
 from kvsim.trace import open_trace
+from kvsim.trace.access import Access
 
 HERE = Path(__file__).resolve().parent
 TASK = HERE.parent / "reasoner" / "task.py"
@@ -40,8 +42,10 @@ POLICIES = (  # those of the question with protected tokens too
 BUDGETS = ("50%", "65%", "80%", "35%", "90%", "20%")  # the one that is asked about first
 POINTS = [("full", "100%"), *((policy, budget) for budget in BUDGETS for policy in POLICIES)]
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+HALF, LOST = 0.5, 3  # of a row's weight; words that are named
 NEAR = 6  # tokens: a source not further back is carried over inside a step of the task
 KINDS = ("within a step", "result looked up", "statement looked up")
+LANE_BUDGETS, LANE_CHAINS = ("50%", "80%"), 6  # of the look at single lanes
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -105,6 +109,20 @@ class Bench:
         for future in self._ahead.values():
             future.cancel()
 
+    def lane_by_lane(self, policy: str, budget: str, progress: Progress = lambda done, total: None) -> list[list[Row]]:
+        """By layer and KV head: the gold loss of forced chains where eviction is applied there alone, and the words
+        that it takes most attention from there in the open loop."""
+        layers, heads = self.loop.lanes
+        lost = lost_words(self.path, policy, budget)
+        found: list[list[Row]] = []
+        for layer in range(layers):
+            found.append([])
+            for head in range(heads):
+                played = self.loop.run(policy, budget, only=[(layer, head)])
+                found[-1].append(gold_loss(self.prompts, played) | {"lost": lost[layer][head]})
+                progress(layer * heads + head + 1, layers * heads)
+        return found
+
     def measure(self, policy: str, budget: str, progress: Progress = lambda done, total: None) -> Row:
         """The row of a point; the same numbers each time on the same device with as many threads."""
         total = 3 * int(self.loop.strides[0] - self.loop.lengths[0])
@@ -124,17 +142,22 @@ def closed(prompts: list[Prompt], forced: list[Played], free: list[Played], stri
     """What became of the chains: `loss`, nats per gold token of decode steps, by chain; `loss_by_kind`, over them all;
     `right`, share of the problems answered rightly, by chain; `exact`, chains whose every token is gold; `held`, mean
     pages per lane that attention saw in forced steps, of all pages."""
-    loss = [-played.logprob[1:] for played in forced]
-    kinds = np.concatenate([kinds_of(p) for p in prompts])
-    every = np.concatenate(loss)
     golden = [np.array_equal(p.tokens[p.prompt_len :], x.tokens) for p, x in zip(prompts, free, strict=True)]
-    return {
-        "loss": [_rounded(x.mean()) for x in loss],
-        "loss_by_kind": {KINDS[k]: _rounded(every[kinds == k].mean()) for k in range(len(KINDS))},
+    return gold_loss(prompts, forced) | {
         "right": [_rounded(np.mean(x.right)) for x in free],
         "problems": len(free[0].right or ()),
         "exact": int(sum(golden)),
         "held": _rounded(np.mean([x.held / n for x, n in zip(forced, strides, strict=True)])),
+    }
+
+
+def gold_loss(prompts: list[Prompt], forced: list[Played]) -> Row:
+    """`loss` and `loss_by_kind`, as in `closed`."""
+    loss = [-played.logprob[1:] for played in forced]
+    kinds, every = np.concatenate([kinds_of(p) for p in prompts]), np.concatenate(loss)
+    return {
+        "loss": [_rounded(x.mean()) for x in loss],
+        "loss_by_kind": {KINDS[k]: _rounded(every[kinds == k].mean()) for k in range(len(KINDS))},
     }
 
 
@@ -152,7 +175,8 @@ def kinds_of(p: Prompt) -> np.ndarray:
 def open_loop(path: Path, policy: str, budget: str, *, progress: Progress = lambda done, total: None) -> Row:
     """What replaying the trace predicts: metrics of `kvsim run`, over the decode steps of all requests."""
     trace = open_trace(path)
-    requests, sums = trace.requests(), dict.fromkeys(("weight", "hit", "used", "found", "needed", "lost", "gone"), 0.0)
+    names = ("weight", "hit", "used", "found", "needed", "lost", "gone", "rows", "halved")
+    requests, sums = trace.requests(), dict.fromkeys(names, 0.0)
     errors: list[float] = []
     for i, request in enumerate(requests):
         capacity = Capacity(pages_of(budget, request.stride), None, None)
@@ -167,6 +191,8 @@ def open_loop(path: Path, policy: str, budget: str, *, progress: Progress = lamb
                 sums[name] += float(values.sum(dtype=np.float64))
             for name, count in zip(("needed", "lost", "gone"), _gold(quality), strict=True):
                 sums[name] += count
+            sums["rows"] += len(out.total)
+            sums["halved"] += np.count_nonzero(out.attended < HALF * out.total)
             errors.append(quality.output_error)
         progress(i + 1, len(requests))
     return {
@@ -175,7 +201,46 @@ def open_loop(path: Path, policy: str, budget: str, *, progress: Progress = lamb
         "gold_gone": int(sums["gone"]),
         "recurrence_loss": _rounded(1 - sums["found"] / sums["used"]),
         "output_error": _rounded(np.mean(errors)),
+        "halved": _rounded(sums["halved"] / sums["rows"]),
     }
+
+
+def lost_words(path: Path, policy: str, budget: str) -> list[list[list[tuple[str, float]]]]:
+    """By layer and KV head of a trace: the words of the task that eviction took most attention from, and what share of
+    all that was lost there each one had."""
+    trace, words = open_trace(path), runpy.run_path(str(TASK))["VOCAB"]
+    lost = np.zeros((*trace.lanes, len(words)))
+    for request in trace.requests():
+        capacity = Capacity(pages_of(budget, request.stride), None, None)
+        cache = Cache(trace.lanes, request.stride, registry.build(policy), capacity, facts=request.facts)
+        tokens, seen = request.source.facts["tokens"], _Seen(cache)
+        for a in request.accesses(vectors=request.source.provides >= {"q", "k", "v"}):
+            cache.access(a)
+            if a.prefill:
+                continue
+            gone = np.ones((cache.lanes, a.keys + 1), bool)
+            np.put_along_axis(gone, seen.keys + 1, False, axis=1)  # column 0 is that of empty lines
+            gone = gone[:, 1:].repeat(cache.rows // cache.lanes, axis=0).reshape(*trace.lanes, -1)
+            weight = np.where(gone, a.row[..., : a.keys], 0)
+            for lane in np.ndindex(trace.lanes):
+                lost[lane] += np.bincount(tokens[: a.keys], weight[lane], len(words))
+    share = lost / np.maximum(lost.sum(-1, keepdims=True), 1e-12)
+    most = np.argsort(-share, axis=-1, kind="stable")[..., :LOST]
+    return [
+        [[(words[w], _rounded(share[at][w])) for w in most[at] if share[at][w] > 0] for at in lanes]
+        for lanes in ([(layer, head) for head in range(trace.lanes[1])] for layer in range(trace.lanes[0]))
+    ]
+
+
+class _Seen:
+    """Watches a cache: the `keys` that attention saw in the latest step, -1 elsewhere, [lanes, slots]."""
+
+    def __init__(self, cache: Cache):
+        self.cache, self.keys = cache, np.empty((cache.lanes, 0), np.int32)
+        cache.watch = self
+
+    def __call__(self, a: Access, read: np.ndarray) -> None:
+        self.keys = np.where(read, self.cache.seen, np.int32(-1))
 
 
 def _gold(quality: Quality) -> tuple[int, int, int]:

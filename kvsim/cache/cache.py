@@ -342,4 +342,5 @@ class Cache(Lanes):
         if self._cut:
             late = self.policy.lag - 1 if self.lossy else 0
             late = a.step if self.lossy and self.policy.once else late
-            assert (self.occupied() <= np.maximum(self.budget, 1) + late + sized.NEAR).all(), "over budget"
+            page = 1 if self.sizes is None else self.sizes.max()
+            assert (self.occupied() <= np.maximum(self.budget, page) + late * page + sized.NEAR).all(), "over budget"

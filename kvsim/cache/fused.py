@@ -38,6 +38,7 @@ LOADING, COMPILING = 5e7, 1e9  # slots times steps from which a loop pays: loadi
 
 _COLUMNS: dict[str, np.dtype] = {name: np.dtype(np.int32) for name in ("key", "born", "arrived", "last", "uses")}
 _COLUMNS |= {name: np.dtype(np.float32) for name in ("mass", "weights")}
+_LARGEST = 2**28  # of Python's whole numbers: a sum of a few of them fits in 32 bits, as those of the view do
 _SCALARS = ("now", "keys", "tokens", "newest", "page_size")
 _UFUNCS: dict[type, tuple[np.ufunc, str]] = {
     ast.Add: (np.add, "+"), ast.Sub: (np.subtract, "-"), ast.Mult: (np.multiply, "*"), ast.Div: (np.true_divide, "/"),
@@ -45,10 +46,7 @@ _UFUNCS: dict[type, tuple[np.ufunc, str]] = {
     ast.Lt: (np.less, "<"), ast.LtE: (np.less_equal, "<="), ast.Gt: (np.greater, ">"),
     ast.GtE: (np.greater_equal, ">="), ast.Eq: (np.equal, "=="), ast.NotEq: (np.not_equal, "!="),
 }  # fmt: skip
-_CHOICES = {
-    np.maximum: "({a} if {a} >= {b} or {a} != {a} else {b})",
-    np.minimum: "({a} if {a} <= {b} or {a} != {a} else {b})",
-}
+_CHOICES = {np.maximum: "max", np.minimum: "min"}
 
 _HOOKS = ("observe", "score", "select", "split")  # what a cache may ask in a decode step of the lossy regime
 _LOOKS_ROUND = {"eval", "exec", "locals", "vars", "globals"}  # by which a text reaches what it does not name
@@ -242,7 +240,7 @@ class _Translator:
                 return True
             case ast.If():
                 return self._block(node.body if self._static(node.test) else node.orelse)
-            case ast.With() if all(self._callee(i.context_expr) is np.errstate for i in node.items):
+            case ast.With() if all(self._is_silent(i.context_expr) for i in node.items):
                 return self._block(node.body)
             case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)) if len(targets) == len(values):
                 terms = [self.value(v) for v in values]
@@ -252,6 +250,8 @@ class _Translator:
                 self._assign(target, value)
             case ast.AugAssign(target, op, value):
                 whole = target.value if isinstance(target, ast.Subscript) and _everything(target) else target
+                if isinstance(whole, ast.Subscript) and whole is target:  # a view takes no items
+                    raise self._refuse(node)
                 before = self._column(whole)
                 self._store(before, self._binary(op, before, self.value(value)), same_kind=True)
             case ast.Expr(ast.Call(_, [a, b], [ast.keyword("out", out)]) as call) if self._callee(call) in _CHOICES:
@@ -325,12 +325,13 @@ class _Translator:
             case ast.Attribute(ast.Name("self"), name):
                 return self._parameter(name, node)
             case ast.Subscript(ast.Name("view"), ast.Constant(str(name))) if name in self.private:
-                if self.private[name].subdtype or self.private[name].kind not in "biuf" or self.private[name] == "f2":
+                kind = self.private[name]
+                if kind.subdtype or kind.kind not in "biuf" or kind == "f2" or not kind.isnative:
                     raise self._refuse(node)
                 if not re.fullmatch(r"\w+", name, re.ASCII):  # it is part of a name in the loop
                     raise self._refuse(node)
                 self.columns[f"[{name}]"] = None
-                return _Term(f"own_{name}[s]", self.private[name])
+                return _Term(f"own_{name}[s]", kind)
             case ast.BinOp(left, op, right):
                 return self._binary(op, self.value(left), self.value(right))
             case ast.Compare(left, [op], [right]):
@@ -339,6 +340,8 @@ class _Translator:
                 term = self.value(operand)
                 if not isinstance(term.kind, type) and term.kind.kind not in "if":
                     raise self._refuse(node)
+                if term.kind == np.int64:
+                    return _typed(f"(np.uint64(0) - np.uint64({term.code}))", term.kind)
                 return _typed(f"-{term.code}", term.kind)
             case ast.UnaryOp(ast.Invert(), operand) if (term := self.value(operand)).kind == np.bool_:
                 return _Term(f"(not {term.code})", term.kind)
@@ -356,7 +359,8 @@ class _Translator:
                 if isinstance(callee, type) and issubclass(callee, np.generic) and len(arguments) == 1:
                     if isinstance(arguments[0], ast.Constant) and type(arguments[0].value) in (int, float):
                         return self._number(callee(arguments[0].value), node)
-                    return self._convert(self.value(arguments[0]), np.dtype(callee), node)
+                    term = self.value(arguments[0])  # of its own type it is the same array, not a copy
+                    return term if term.kind == np.dtype(callee) else self._convert(term, np.dtype(callee), node)
         raise self._refuse(node)
 
     def _number(self, value: Any, node: ast.AST) -> _Term:
@@ -366,13 +370,17 @@ class _Translator:
             )
         if type(value) is float:
             return _Term(repr(value) if np.isfinite(value) else _special(value), float)
-        if type(value) is int and abs(value) < 2**31:
+        if type(value) is int and abs(value) < _LARGEST:
             return _Term(repr(value), int)
         raise self._refuse(node)
 
     def _parameter(self, name: str, node: ast.AST) -> _Term:
         value = getattr(self.policy, name, None)
-        if type(value) not in (int, float) or not self._is_field(name) or (type(value) is int and abs(value) >= 2**31):
+        if (
+            type(value) not in (int, float)
+            or not self._is_field(name)
+            or (type(value) is int and abs(value) >= _LARGEST)
+        ):
             raise self._refuse(node)
         self.scalars[f"self.{name}"] = None
         return _Term(f"self_{name}", type(value))
@@ -395,7 +403,10 @@ class _Translator:
             raise self._refuse(op) from None
         if one == np.bool_ and isinstance(op, (ast.Add, ast.Mult)):
             raise self._refuse(op)
-        code = f"({_cast(left, one)} {sign} {_cast(right, two)})"
+        a, b = _cast(left, one), _cast(right, two)
+        if result == np.int64 and isinstance(op, (ast.Add, ast.Sub, ast.Mult)):  # which may overflow, as only these may
+            a, b = f"np.uint64({a})", f"np.uint64({b})"
+        code = f"({a} {sign} {b})"
         return _Term(code, result) if result == np.bool_ else _typed(code, result)
 
     def _choice(self, callee: Any, left: ast.expr, right: ast.expr) -> _Term:
@@ -403,8 +414,9 @@ class _Translator:
         one, two, result = callee.resolve_dtypes((a.kind, b.kind, None))
         if isinstance(a.kind, type) and isinstance(b.kind, type):
             raise self._refuse(left)
-        form = _CHOICES[callee] if result.kind not in "iu" else callee.__name__[:3] + "({a}, {b})"  # others may be NaN
-        return _typed(form.format(a=_cast(a, one), b=_cast(b, two)), result)
+        if result.kind not in "iu":  # which zero is the larger one depends on the processor
+            raise self._refuse(left)
+        return _typed(f"{_CHOICES[callee]}({_cast(a, one)}, {_cast(b, two)})", result)
 
     def _where(self, test: _Term, left: _Term, right: _Term) -> _Term:
         if test.kind != np.bool_:
@@ -416,13 +428,20 @@ class _Translator:
     def _convert(self, term: _Term, kind: np.dtype, node: ast.AST) -> _Term:
         if kind.kind not in "biuf" or kind == np.float16:
             raise self._refuse(node)
-        return _Term(_cast(term, kind), kind)
+        return _Term(f"({_cast(term, kind)})", kind)  # in brackets: a copy, which keeps its value if the column changes
 
     def _type(self, node: ast.expr) -> np.dtype:
         found = self._constant(node)
         if isinstance(found, type) and issubclass(found, np.generic):
             return np.dtype(found)
         raise self._refuse(node)
+
+    def _is_silent(self, node: ast.expr) -> bool:
+        """Is it `np.errstate` that ignores what it names?"""
+        if not isinstance(node, ast.Call) or self._callee(node) is not np.errstate:
+            return False
+        given = [k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)]
+        return not node.args and len(given) == len(node.keywords) and {*given} <= {"ignore"}
 
     def _callee(self, node: ast.AST) -> Any:
         return self._constant(node.func) if isinstance(node, ast.Call) else None

@@ -615,6 +615,15 @@ def count_runs(mask, key, keys):
     return out
 
 
+def forget_older(loop: Any) -> None:
+    """Have the loops of another file, of which `loop` is one, compiled again where this file is newer: numba looks at
+    the date of a loop's own file, not at those that it takes helpers from."""
+    name = f"{Path(loop.py_func.__code__.co_filename).stem}.*.nbi"
+    for index in Path(loop.stats.cache_path).glob(name):
+        if index.stat().st_mtime < Path(__file__).stat().st_mtime:
+            index.unlink(missing_ok=True)
+
+
 def compiled() -> bool:
     """Are the kernels in numba's cache on disk, so that a first call need not compile?"""
     return any(Path(touch.stats.cache_path).glob("kernels.touch-*.nbi"))

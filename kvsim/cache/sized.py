@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvsim.cache.kernels import _rank
+from kvsim.cache.kernels import _rank, forget_older
 from kvsim.cache.view import Facts
 from kvsim.errors import ConfigError
 
@@ -78,3 +78,6 @@ def victims(score, key, copies, bit, excess, limit, sizes, head, tail, pinned, o
             out[t, counts[t]] = where[i]
             counts[t] += 1
             freed += sizes[key[t, where[i]]]
+
+
+forget_older(victims)

@@ -28,7 +28,7 @@ from numba import njit
 from kvsim import threads
 from kvsim.cache import fused
 from kvsim.cache.cache import Cache
-from kvsim.cache.kernels import _JIT, _LAST, TOGETHER, _is_used, _ordered, _rank
+from kvsim.cache.kernels import _JIT, _LAST, TOGETHER, _is_used, _ordered, _rank, forget_older
 from kvsim.cache.outcome import Outcome
 from kvsim.cache.view import protected
 from kvsim.trace.access import Access
@@ -458,3 +458,6 @@ def _sink(heap, n, i):
         heap[i] = heap[child]
         i, child = child, 2 * child + 1
     heap[i] = x
+
+
+forget_older(descend)

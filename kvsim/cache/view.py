@@ -139,25 +139,25 @@ def pages(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
-def window(tokens: int | str, budget: np.ndarray, page_size: int) -> np.ndarray:
-    """Protected pages per lane (int64, like `budget`): from tokens, or a share of the budget such as "50%".
+def window(tokens: int | str, budget: np.ndarray, page_size: int, name: str = "") -> np.ndarray:
+    """Pages per lane (int64, like `budget`): from tokens, or a share of the budget such as "50%".
 
-    Raises ConfigError for anything else.
+    Raises ConfigError for anything else, saying the parameter's `name`.
     """
-    if isinstance(tokens, int) and tokens >= 0:
+    if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0:
         return np.full_like(budget, pages(tokens, page_size))
     try:
         if isinstance(tokens, str) and tokens.endswith("%"):
             return share_of(float(tokens[:-1]) / 100, budget)
-    except ValueError:
+    except (ValueError, ConfigError):
         pass
-    raise ConfigError(f"cannot protect {tokens!r}", hint='write tokens, or a share of the budget like "50%"')
+    raise ConfigError(f"{name or 'tokens'} = {tokens!r}", hint='write tokens, or a share of the budget like "50%"')
 
 
-def share_of(share: float, budget: np.ndarray) -> np.ndarray:
+def share_of(share: float, budget: np.ndarray, name: str = "a share") -> np.ndarray:
     """Whole pages in a share (0 to 1) of each lane's budget; 29 % of 100 is 29, whatever binary fractions say."""
-    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ConfigError(f"cannot protect a share of {share!r}", hint="write a number from 0 to 1")
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 1:
+        raise ConfigError(f"{name} = {share!r}", hint="write a number from 0 to 1")
     return np.floor(share * budget + 1e-9).astype(np.int64)
 
 
@@ -166,9 +166,12 @@ def protected(policy: Any, budget: np.ndarray, page_size: int) -> tuple[np.ndarr
 
     Raises ConfigError for what is neither tokens nor a share.
     """
-    head = np.maximum(window(policy.sink, budget, page_size), share_of(policy.protect_head, budget))
-    tail = np.maximum(window(policy.recent, budget, page_size), share_of(policy.protect_tail, budget))
-    return head, tail
+
+    def held(tokens: str, share: str) -> np.ndarray:
+        whole = window(getattr(policy, tokens), budget, page_size, tokens)
+        return np.maximum(whole, share_of(getattr(policy, share), budget, share))
+
+    return held("sink", "protect_head"), held("recent", "protect_tail")
 
 
 def keep(view: View, score: Any, *, sink: int = 0, recent: int = 0) -> np.ndarray:

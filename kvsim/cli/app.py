@@ -56,6 +56,10 @@ def main() -> None:
             code = 2
         elif type(error).__name__ == "Abort":
             code = 130
+        elif isinstance(error, MemoryError) and not debug:
+            code = 2
+            what = f"there is not enough memory: {str(error) or type(error).__name__}"
+            _fail(ConfigError(what, hint="a parameter, a budget or a page size may be far too large"))
         elif "no locator available" in str(error) and not debug:  # numba's words, when it has no place to write to
             code = 2
             what = "compiled code cannot be kept: neither kvsim's own folder nor the home folder is writable"

@@ -80,12 +80,12 @@ def curve(
     values = parse_settings(settings or []) | {k: v for k, v in flags.items() if v is not None}
     if unused := values.keys() & {"budget", "policy", "trace"}:
         raise ConfigError(f'"{unused.pop()}" is not a setting of a curve', hint="use TRACE, --policy and --budgets")
-    listed = budgets if budgets in (None, "all") else [b for b in str(budgets).split(",") if b.strip()]
+    listed = budgets if budgets in (None, "all") else str(budgets).split(",")
     check_name(output) if output else None
     check_figure(plot) if plot else None
     opened, curves = open_named(trace), Curves()
     with Wait(f"replaying {opened.name}") as wait:
-        configs = [run_config({**values, "policy": name}) for name in policy or ["h2o"]]
+        configs = [run_config({**values, "policy": name}) for name in dict.fromkeys(policy or ["h2o"])]
         for config in configs[1:]:  # before the long work on the first
             rehearse(opened, config, rows)
         for config in configs:

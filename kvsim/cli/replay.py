@@ -154,7 +154,8 @@ def _print_run(result: Result, comparison: Comparison | None, seconds: float) ->
     for note in m["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     console.print(m["evidence"], style="dim", highlight=False, soft_wrap=True)
-    console.print(f"{seconds:.1f} s of wall time, {m['events']} simulated events", style="dim", highlight=False)
+    own = f"{1e3 * result.timing['policy_s']:.1f} ms in the policy's text"
+    console.print(f"{seconds:.1f} s of wall time, {own}, {m['events']} simulated events", style="dim", highlight=False)
 
 
 def _beside(comparison: Comparison) -> Any:

@@ -9,7 +9,7 @@ they were born at. Prefill attends to the whole prompt; a prompt above the budge
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,21 +125,26 @@ class ClosedLoop:
         seed: int = 0,
         use: Use = FAIR_SHARE,
         audit: bool = False,
+        only: Collection[tuple[int, int]] | None = None,
         watch: Watch | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Played]:
         """Decode every chain under a `policy` of its own, of this spec.
 
         `budget`: pages per lane, or a share ("20%") of each request's final length. `mode`: "forced" feeds the
-        continuation of each prompt, "free" what the model finds likeliest, up to a stop token. `watch(chain, access,
-        cache)` is called after each access. `use`, `audit`: as in `Cache`. `progress(done, total)`: decode steps.
+        continuation of each prompt, "free" what the model finds likeliest, up to a stop token. `only`: the (layer, KV
+        head) where what is evicted is gone; elsewhere the model goes on to see it. `watch(chain, access, cache)` is
+        called after each access. `use`, `audit`: as in `Cache`. `progress(done, total)`: decode steps.
 
         Raises PolicyError for a policy that knows the future or hides pages without evicting them, or needs what is
         not known here; ConfigError for a budget that is none.
         """
         if mode not in MODES:
             raise ConfigError(f'unknown mode "{mode}"', hint='use "free" or "forced"')
-        chains = [self._chain(b, policy, budget, page_size, seed, use, audit) for b in range(len(self.prompts))]
+        whole = np.full(self.lanes, only is not None)
+        for lane in only or ():
+            whole[lane] = False
+        chains = [self._chain(b, policy, budget, page_size, seed, use, audit, whole) for b in range(len(self.prompts))]
         after = [p.tokens[p.prompt_len :] for p in self.prompts]
         if mode == "forced" and not all(map(len, after)):
             raise CaptureError("a forced run has no tokens to follow a prompt", hint="run free")
@@ -161,7 +166,15 @@ class ClosedLoop:
         return [c.played(self.prompts[b], choice, b, mode == "free") for b, c in enumerate(chains)]
 
     def _chain(
-        self, b: int, spec: str, budget: str | float, page_size: int, seed: int, use: Use, audit: bool
+        self,
+        b: int,
+        spec: str,
+        budget: str | float,
+        page_size: int,
+        seed: int,
+        use: Use,
+        audit: bool,
+        whole: np.ndarray,
     ) -> _Chain:
         policy = _policy(spec)
         request = Request(_Live(b, self.stats[b], int(self.strides[b] - self.lengths[b])), page_size)
@@ -171,7 +184,7 @@ class ClosedLoop:
             audit=audit,
         )  # fmt: skip
         vectors = _Vectors(self.notes, b, self.pads[b], int(self.strides[b])) if policy.needs & VECTORS else None
-        return _Chain(request, cache, pages, vectors)
+        return _Chain(request, cache, pages, vectors, whole)
 
 
 class _Step:
@@ -267,10 +280,10 @@ class _Live(Source):
 
 
 class _Chain:
-    """One request, its cache, and the policy in it."""
+    """One request, its cache, and the policy in it. `whole`: bool [layers, KV heads], where nothing is ever gone."""
 
-    def __init__(self, request: Request, cache: Cache, budget: int, vectors: _Vectors | None):
-        self.request, self.cache, self.budget, self.vectors = request, cache, budget, vectors
+    def __init__(self, request: Request, cache: Cache, budget: int, vectors: _Vectors | None, whole: np.ndarray):
+        self.request, self.cache, self.budget, self.vectors, self.whole = request, cache, budget, vectors, whole
         self._accesses = request.accesses()
         self._held: list[float] = []
 
@@ -288,6 +301,7 @@ class _Chain:
         if a.prefill or out.dropped:
             table = self.cache.table
             _mark(table.key, self.request.page_size, a.tokens, keep.reshape(-1, keep.shape[-1]))
+            keep[self.whole, : a.tokens] = True
         if not a.prefill:
             self._held.append(float(out.held.mean()))
         if watch:

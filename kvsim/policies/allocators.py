@@ -140,7 +140,7 @@ class GivenBudgets(LayerBudgets):
     def __post_init__(self):
         super().__post_init__()
         shares, self.files = _read(self.budgets)
-        listed = isinstance(shares, Sequence) and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in shares)
+        listed = isinstance(shares, Sequence) and all(type(x) in (int, float) and 0 <= x < math.inf for x in shares)
         if not listed or not sum(shares) > 0:
             refuse(self, "budgets", "list numbers from 0, or name a JSON file of them")
         self._shares = np.asarray(shares, float)
@@ -179,7 +179,7 @@ class DuoAttention(Wrapper):
         super().__post_init__()
         number(self, "retrieval", most=1)
         flag(self, "full")
-        window(self.stream, np.zeros(1, np.int64), 1)
+        window(self.stream, np.zeros(1, np.int64), 1, "stream")
         self._listed, self.files = _read(self.heads)
         if not isinstance(self._listed, Sequence) or not all(_is_pair(head) for head in self._listed):
             refuse(self, "heads", "write [[layer, head], ...], or name a JSON file that holds such a list")

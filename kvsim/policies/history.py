@@ -15,7 +15,7 @@ import numpy as np
 from kvsim.cache.view import View, pages, protected, share_of, window
 from kvsim.errors import PolicyError
 from kvsim.policies.classic import uniform
-from kvsim.policies.parameters import flag, number, refuse, whole
+from kvsim.policies.parameters import ROWS, flag, number, refuse, whole
 from kvsim.registry import policy
 
 
@@ -75,12 +75,13 @@ class Scissorhands:
 
     family = "recurrence"
     evidence = "mem"
+    needs = frozenset({"window_rows"})
     window: int = 400
     recent: int | str = 10
     drop: float = 0.5
 
     def __post_init__(self):
-        whole(self, "window", least=1)
+        whole(self, "window", least=1, most=ROWS)
         number(self, "drop", most=1)
         self.columns = {"low": np.int32, "ring": (np.uint64, (pages(self.window, 64),))}
 
@@ -137,7 +138,7 @@ class RoCo:
 
     def __post_init__(self):
         whole(self, "generated")
-        window(self.exempt, np.zeros(1, np.int64), 1)
+        window(self.exempt, np.zeros(1, np.int64), 1, "exempt")
         if self.generated and not (isinstance(self.recent, int) and self.recent <= self.generated):
             refuse(self, "recent", f"write {self.generated} (`generated`) tokens or less")
         self.bounded = not self.generated
@@ -216,6 +217,7 @@ class Corm(Unbudgeted):
 
     family = "recurrence"
     evidence = "mem"
+    needs = frozenset({"window_rows"})
     columns = {"until": np.int32}  # the step from which its last mark no longer counts; 0: never marked
     window: int = 256
     recent: int = 256
@@ -319,7 +321,7 @@ class Evict3R:
 
     Per page the sum over rows of weight * visible tokens, over the frames it has seen. A layer's budget is its share
     softmax(-var / `temp`) of all layers' budgets, var that of the weights which its pages got from the last frame.
-    Never evicted are the first frame and the first `special` tokens of every frame (camera and registers). Frames: the
+    The first frame and the first `special` tokens of every frame (camera and registers) leave last. Frames: the
     trace's fact "frame", numbers 0, 1, 2, ... per token; a trace without it has one token per frame, and then none is
     special. The published budget is 50 % of the whole sequence.
 

@@ -21,17 +21,19 @@ _BLOCK = 1024  # and rows of the matrix of cosines at a time
 
 
 class _ByToken(OneShot):
-    """`tokens(seen, layer)` [kv_heads, tokens]: higher stays."""
+    """`tokens(seen, layer, held)` [kv_heads, tokens]: higher stays. `held`: bool, what is in the cache."""
 
     family = "key geometry"
 
     def votes(self, view):
-        seen = view.vectors
-        scores = np.stack([self.tokens(seen, layer) for layer in range(view.shape[0])])
+        held = np.zeros((*view.shape, view.keys + 1), bool)
+        np.put_along_axis(held, view.key + 1, True, -1)  # empty lines at 0
+        held = held[..., 1:].repeat(view.page_size, -1)[..., : view.tokens]
+        scores = np.stack([self.tokens(view.vectors, layer, held[layer]) for layer in range(view.shape[0])])
         starts = np.arange(0, view.tokens, view.page_size)
         return np.add.reduceat(scores, starts, -1) / np.diff(starts, append=view.tokens)
 
-    def tokens(self, seen, layer: int) -> np.ndarray:
+    def tokens(self, seen, layer: int, held: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
 
@@ -45,7 +47,7 @@ class Knorm(_ByToken):
     needs = frozenset({"k"})
     recent: int | str = 0
 
-    def tokens(self, seen, layer):
+    def tokens(self, seen, layer, held):
         return -np.linalg.norm(seen.k[layer].astype(np.float32), axis=-1)
 
 
@@ -59,9 +61,10 @@ class KeyDiff(_ByToken):
     needs = frozenset({"k"})
     recent: int | str = 0
 
-    def tokens(self, seen, layer):
+    def tokens(self, seen, layer, held):
         unit = _unit(seen.k[layer].astype(np.float32))
-        return -(unit @ _unit(unit.mean(1, keepdims=True)).swapaxes(1, 2))[..., 0]
+        mean = unit.mean(1, keepdims=True) if held.all() else unit.mean(1, keepdims=True, where=held[..., None])
+        return -(unit @ _unit(mean).swapaxes(1, 2))[..., 0]
 
 
 @policy("curdkv")
@@ -83,7 +86,7 @@ class CurDKV(_ByToken):
         whole(self, "local")
         choice(self, "use", "product", "mean", "key", "value")
 
-    def tokens(self, seen, layer):
+    def tokens(self, seen, layer, held):
         k, v = (self._share((x[layer].astype(np.float32) ** 2).sum(-1)) for x in (seen.k, seen.v))
         return {"product": k * v, "mean": (k + v) / 2, "key": k, "value": v}[self.use]
 
@@ -116,7 +119,7 @@ class LagKV(_ByToken):
         whole(self, "chunk", least=1)
         whole(self, "sink")
 
-    def tokens(self, seen, layer):
+    def tokens(self, seen, layer, held):
         k, v = (x[layer].astype(np.float32) for x in (seen.k, seen.v))
         heads, count = k.shape[:2]
         chunks = (count - self.sink) // self.chunk
@@ -163,7 +166,7 @@ class ExpectedAttention(_ByToken):
         number(self, "epsilon")
         flag(self, "covariance", "norm")
 
-    def tokens(self, seen, layer):
+    def tokens(self, seen, layer, held):
         q, k, v = (x[layer].astype(np.float64) for x in (seen.q, seen.k, seen.v))
         heads, count, size = k.shape
         scores = np.full((heads, count), np.inf)

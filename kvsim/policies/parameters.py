@@ -8,6 +8,8 @@ from typing import Any
 
 from kvsim.errors import ConfigError
 
+ROWS = 1 << 16  # the longest window of rows that a policy may keep of every page
+
 
 def whole(policy: Any, *names: str, least: int = 0, most: float = math.inf) -> None:
     """Raises ConfigError for a parameter that is no whole number from `least` to `most`."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvsim.cache.view import protected
 from kvsim.errors import ConfigError, PolicyError
-from kvsim.policies.parameters import choice, number, refuse, whole
+from kvsim.policies.parameters import ROWS, choice, number, refuse, whole
 from kvsim.registry import policy, read
 from kvsim.trace.access import Seen, Trace
 
@@ -222,7 +222,7 @@ class Alisa:
     def __post_init__(self):
         if self.share is not None:
             number(self, "share", most=1, above=True)
-        whole(self, "window", least=1)
+        whole(self, "window", least=1, most=ROWS)
         self.columns = {"rows": ("f4", self.window)}
 
     def observe(self, view):

@@ -16,7 +16,7 @@ import numpy as np
 from kvsim import registry
 from kvsim.cache.view import pages, protected
 from kvsim.errors import ConfigError, PolicyError
-from kvsim.policies.parameters import choice, flag, places, refuse, whole
+from kvsim.policies.parameters import ROWS, choice, flag, places, refuse, whole
 from kvsim.registry import PROTECTION, policy
 from kvsim.trace.access import Prompt
 
@@ -251,7 +251,7 @@ class Lag(Wrapper):
     `shown` rows, renormalised over what is left.
 
     Departures: the rows are the last ones, be they from before the last decision (the code empties its buffer then) or
-    of the prompt; what looks at keys (`keydiff`, `lagkv`, ...) is shown those of all tokens, also of such as are gone;
+    of the prompt; what sets a token beside its neighbours (`lagkv`, `curdkv`) is shown also those that are gone;
     a prompt above the budget is cut as the inner policy does; column sums cannot be had from a few
     rows, so policies that need them are refused.
     """
@@ -264,7 +264,8 @@ class Lag(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        whole(self, "every", "shown", least=1)
+        whole(self, "every", least=1)
+        whole(self, "shown", least=1, most=ROWS)
         self._again, self.budget_free = self.once, self.policy.budget_free and not self.once
         self.lag, self.once, self._at = self.every, False, 0
         if self._again:

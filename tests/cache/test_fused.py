@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,7 +136,7 @@ class EveryForm:
     mode: str = "on"
     columns = {f"c{i}": kind for i, kind in enumerate(
         ("f4", "f4", "f4", "f4", "f8", "f8", "f8", "i4", "i4", "i4", "i8", "i8", "u4",
-         "u1", "?", "?", "f4", "i4", "f4", "f8", "f4", "i4", "i4", "f4", "f8")
+         "u1", "?", "?", "f4", "i4", "f4", "f8", "f4", "i4", "i4", "f4", "f8", "f4", "f4", "i8", "?", "?")
     )}  # fmt: skip
 
     def observe(self, view):
@@ -147,10 +149,10 @@ class EveryForm:
         view["c4"][:] = view.mass * self.factor
         view["c5"][:] = view.mass * np.float64(0.1)
         view["c6"][:] = view.key.astype(np.float64) / (view.now + 1) * np.float64(1e300) * 1e300
-        view["c7"][:] = view.key * 2147483647 + view.born  # wraps
+        view["c7"][:] = view.key * np.int32(2147483647) + view.born  # wraps
         view["c8"][:] = np.where(view.mass > self.factor, view.now, view.born - self.shift)
         view["c9"][:] = -view.key ^ view.uses
-        view["c10"][:] = view.key.astype(np.int64) * 2147483647
+        view["c10"][:] = view.key.astype(np.int64) * 100000000
         view["c11"][:] = np.maximum(view.last, view.now - 1) | np.int64(1)
         view["c12"][:] = view.key.astype(np.uint32) * np.uint32(0x9E3779B1)
         view["c13"][:] = view["c13"] + np.uint8(200)
@@ -160,7 +162,7 @@ class EveryForm:
         mass = view["c16"]
         with np.errstate(all="ignore"):
             mass += view.weights * view["c14"]
-        np.minimum(mass, view.weights, out=mass)
+        np.minimum(view["c22"], view.uses, out=view["c21"])
         if self.mode == "on":
             view["c17"][:] += view.born == view.now
         else:
@@ -174,6 +176,13 @@ class EveryForm:
         view["c22"][:] = view.keys - view.key
         view["c23"][:] = 2.5
         view["c24"][:] = (view.now - 1) / (view.keys + 0.5) + view.key
+        before, single = view["c25"].astype(np.float32), np.float32(view["c25"])  # a copy, and the column itself
+        view["c25"][:] = view.weights
+        view["c26"][:] = (view["c25"] - before) * single
+        wide = view["c27"] * np.int64(6364136223846793005) - view.key  # wraps, and is compared
+        view["c27"][:] = wide
+        view["c28"][:] = wide < view["c27"] - np.int64(9223372036854775807)
+        view["c29"][:] = -wide < 0
 
     def score(self, view):
         low = np.float32(view["c24"]) - view["c1"]
@@ -239,6 +248,10 @@ def test_every_form_as_numpy_computes_it():
         "return view.mass * LIMIT",  # a module's variable may change while it runs
         "return view['my-heat']",  # no name for a loop's array
         "return view['\\ufb01']",  # Python reads it as fi
+        "return np.maximum(view.mass, 0.0)",  # of two zeros either may be the larger
+        "return view.key * (view.now + 2147483647)",  # a whole number that a column cannot hold
+        "with np.errstate(divide='raise'):\n    return 1 / view.mass",
+        "return view['swapped']",
     ],
 )
 def test_any_other_text_is_refused(score, tmp_path):
@@ -246,7 +259,7 @@ def test_any_other_text_is_refused(score, tmp_path):
     if isinstance(score, str):
         body = score.replace("\n", "\n        ")
         text = "import numpy as np\nfrom kvsim.registry import policy\n\nLIMIT = 2.5\n\n@policy('own')\nclass Own:\n"
-        text += "    columns = dict.fromkeys(('heat', 'my-heat', '\\ufb01'), np.float32)\n"
+        text += "    columns = dict.fromkeys(('heat', 'my-heat', '\\ufb01'), np.float32) | {'swapped': '>f4'}\n"
         text += f"    def score(self, view):\n        {body}\n"
         (tmp_path / "own.py").write_text(text)
         policy = registry.build(str(tmp_path / "own.py"))
@@ -254,6 +267,22 @@ def test_any_other_text_is_refused(score, tmp_path):
         policy.score = score
     with pytest.raises(fused.Refused):
         fused.translate(policy, "score")
+
+
+@dataclass
+class TakesNoItems:
+    """A view has columns, but none can be put in their place."""
+
+    columns = {"a": np.float32}
+
+    def observe(self, view):
+        if view.now:
+            view["a"] += view.weights
+
+
+def test_what_a_view_refuses_is_refused():
+    with pytest.raises(fused.Refused):
+        fused.translate(TakesNoItems(), "observe")
 
 
 COUNTS = "    def observe(self, view):\n        view['a'][:] = view['a'] + 1\n"  # something that is compiled
@@ -379,6 +408,21 @@ def test_a_score_that_is_no_number_is_named(tmp_path):
             list(run(tiny_trace(), registry.build(str(tmp_path / "own.py")), 5, fusing))
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+def test_loops_older_than_their_helpers_are_forgotten(tmp_path):
+    """numba would go on with what it compiled before the helpers of another file changed."""
+    loop = SimpleNamespace(py_func=of_this_file, stats=SimpleNamespace(cache_path=tmp_path))
+    stem, changed = Path(__file__).stem, Path(kernels.__file__).stat().st_mtime
+    for name, age in ((f"{stem}.a-1.py311.nbi", 1), (f"{stem}.b-2.py311.nbi", -1), ("other.c-3.py311.nbi", 1)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (changed - age, changed - age))
+    kernels.forget_older(loop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.c-3.py311.nbi", f"{stem}.b-2.py311.nbi"]
+
+
+def of_this_file():
+    """Stands for a loop."""
 
 
 def test_threads_share_out_all_lanes_once(monkeypatch):

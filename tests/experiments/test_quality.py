@@ -46,8 +46,25 @@ def test_the_open_loop_is_that_of_kvsim_run():
     again = bench.measure("h2o", "50%")  # its open loop in another process
     assert again == bench.measure("h2o", "50%")
     run = kvsim.run(kvsim.open_trace(bench.path), policy="h2o", budget="50%")
+    halved = again["open"].pop("halved")
     for name, value in again["open"].items():
         assert value == pytest.approx(run.summary[name], rel=1e-5), name
+    assert 0 < halved <= 2 * (1 - run.recall)  # a row that lost more than half lost at least that
+
+
+def test_rows_are_completed_lane_by_lane(measured, tmp_path):
+    """TOVA loses most in one of 12 lanes, where the last word but one of the prompt is gone."""
+    out = tmp_path / "rows.jsonl"
+    old = [dict(row, open={k: v for k, v in row["open"].items() if k != "halved"}) for row in read([measured])]
+    out.write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    assert command.main(["lanes", "--out", str(out), *TINY]) == 0
+    full, h2o, tova = read([out])
+    assert [row["open"] for row in (full, h2o, tova)] == [row["open"] for row in read([measured])]
+    assert "alone" not in full and np.shape(tova["alone"]) == (3, 4) and h2o["alone"] != tova["alone"]
+    worst = max((lane for lanes in tova["alone"] for lane in lanes), key=lambda lane: np.mean(lane["loss"]))
+    assert worst["lost"][0][0] == "go" and np.mean(worst["loss"]) > np.mean(tova["closed"]["loss"]) / 2
+    before = out.read_bytes()
+    assert command.main(["lanes", "--out", str(out), *TINY]) == 0 and out.read_bytes() == before
 
 
 def row(policy, budget, loss, right, **found):
@@ -99,6 +116,23 @@ def test_what_misleads_is_found():
     assert "3 (100 %) | at 50 %, `tova` before `lazy-eviction` (0.1 against 0.45)" in said
     assert "| gold-source loss | 0 (0 %) | none |" in said  # which is the same for all
     assert "-1.00 (-1.00 to -1.00)" in page.correlations_text(g)
+
+
+def test_the_lane_that_brings_the_loss_is_named():
+    g = made_up(0.9, 0.5, 0.2)
+    assert "Not measured on this device" in page.lanes_text(g)
+    tova = g.point("tova", 50)
+    small, large = (
+        {"loss": [x] * 4, "loss_by_kind": {"near": x, "far": 2 * x}, "lost": [["go", 0.5]]} for x in (0.01, 0.8)
+    )
+    tova.row["alone"] = [[small, large], [small, small]]
+    said = page.lanes_text(g)
+    assert "At 1 of 1 points one lane alone" in said and "two worst lanes of 4" in said
+    assert "| 50 % | `tova` | 0.900 | 0, 1 | 0.800 | far | `go` 50.0 % |" in said
+    tova.row["alone"] = [[small] * 2] * 2
+    said = page.lanes_text(g)
+    assert "At 0 of 1 points one lane alone brings at least half of the loss of all of them." in said
+    assert "At 1 points not even the losses of all lanes alone" in said
 
 
 def test_spearman_by_hand():

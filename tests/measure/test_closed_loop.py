@@ -176,6 +176,20 @@ def test_hidden_is_gone(llama, loop, policy):
     assert min(map(len, log.kept[-1])) < 20  # of 26: something did leave
 
 
+@pytest.mark.parametrize("policy", ["h2o", "tova"])
+def test_eviction_in_some_lanes_alone(loop, policy):
+    """None is the full cache, all are what they are without asking; in between, every lane has a say of its own."""
+
+    def run(only):
+        return np.concatenate([played.logprob for played in loop.run(policy, 10, only=only)])
+
+    lanes = list(np.ndindex(loop.lanes))
+    whole = np.concatenate([played.logprob for played in loop.run("full", "100%")])
+    assert np.array_equal(run([]), whole) and np.array_equal(run(lanes), run(None))
+    alone = [run([lane]) for lane in lanes]
+    assert len({x.tobytes() for x in (whole, *alone)}) == len(lanes) + 1
+
+
 @pytest.mark.parametrize("policy", ["h2o", "tova", "lru", "random", "lazy-eviction(window=4)"])
 def test_an_open_loop_over_the_same_rows_decides_the_same(loop, policy):
     log = Log()

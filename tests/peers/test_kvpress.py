@@ -229,10 +229,7 @@ SHORT, STEPS, EVERY, TARGET = 24, 32, 8, 28
 DECODING = {  # press, inner policy, why they part after the first decision
     "KnormPress": (lambda: kvpress.KnormPress(), "knorm", ""),
     "TOVAPress": (lambda: kvpress.TOVAPress(), "tova-prefill", ""),
-    "KeyDiffPress": (
-        lambda: kvpress.KeyDiffPress(), "keydiff",
-        "the first decision is the same; after it the press takes the mean of the keys left, `lag` that of all so far",
-    ),
+    "KeyDiffPress": (lambda: kvpress.KeyDiffPress(), "keydiff", ""),
     "StreamingLLMPress": (
         lambda: kvpress.StreamingLLMPress(n_sink=4), "streaming-llm(sink=4)",
         "the first decision is the same; it leaves entries in order of score, which the next takes for their age",

@@ -193,7 +193,8 @@ def test_layer_budgets_from_a_file(tmp_path):
         ("pyramid(inner='ada-kv')", "splits the budget itself"),
         ("ada-kv(alpha=1.5)", "alpha = 1.5"),
         ("duo-attention(retrieval=2)", "retrieval = 2"),
-        ("duo-attention(stream='many')", "cannot protect"),
+        ("duo-attention(stream='many')", "stream = 'many'"),
+        ("layer-budgets(budgets=[True, 1])", "budgets = "),
         ("ada-kv(inner='quest')", "chooses what is read"),
     ],
 )

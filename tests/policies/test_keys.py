@@ -82,6 +82,14 @@ def test_keydiff_keeps_keys_unlike_the_others():
     assert kept("keydiff", 2, vector_trace(k)) == [1, 2]
 
 
+def test_keydiff_takes_the_mean_of_the_keys_that_are_left():
+    """Without the first of them the mean of (1, 0) and (0, 1) is as near to either."""
+    k = np.array([[[2, 0], [1, 0], [0, 3]]])
+    seen = Seen(k[None], k[None], k[None], np.arange(3))
+    left = registry.build("keydiff").tokens(seen, 0, np.array([[False, True, True]]))
+    assert left == pytest.approx(np.full((1, 3), -(0.5**0.5)))
+
+
 def test_curdkv_by_hand():
     """Squared norms 1, 4, 9, 1 of keys and 1, 1, 1, 4 of values, in stretches of two."""
     k, v = np.array([[[1, 0], [0, 2], [3, 0], [1, 0]]]), np.array([[[1, 0], [0, 1], [1, 0], [0, 2]]])
