@@ -147,7 +147,9 @@ def test_a_constant_dimension(llama):
     theirs = kvpress.LagKVPress(0.5, 4, 16, cross_scoring=True).score(None, None, keys, keys, None, None)[0]
     assert theirs.isnan().nonzero()[:, 1].tolist() == 2 * list(range(4, 20))
     x = keys.numpy()
-    ours = registry.build("lagkv(chunk=16, sink=4)").tokens(Vectors(q=x, k=x, v=x, positions=None), 0)
+    ours = registry.build("lagkv(chunk=16, sink=4)").tokens(
+        Vectors(q=x, k=x, v=x, positions=None), 0, np.ones((1, x.shape[2]), bool)
+    )
     assert all(sorted(head[4:20]) == list(range(16)) for head in ours)
 
 
