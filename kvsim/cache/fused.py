@@ -536,6 +536,8 @@ def fuse(policy: Any, work: float) -> Fused | None:
     """
     if work < LOADING:
         return None
+    while getattr(policy, "passes_on", False):
+        policy = policy.policy
     loops = {}
     for hook in ("observe", "score"):
         try:

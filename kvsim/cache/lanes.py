@@ -60,10 +60,11 @@ class Lanes:
             self.resize(min(self.stride, 2 * self.table.slots) + 1)
 
     def shrink(self) -> None:
-        """Once a long prompt is cut, the table is as wide as the budget again."""
-        needed = self.widest + self.policy.lag + 1
+        """Once a long prompt is cut, the table is as wide as the budget again, and what comes until the next cut."""
+        coming = self.stride - self.view.keys if self.policy.once else self.policy.lag  # pages, before the next cut
+        needed = self.widest + coming + 1
         if 2 * needed < self.table.slots:
-            needed = max(needed, int(self.table.filled().max()) + self.policy.lag + 1)
+            needed = max(needed, int(self.table.filled().max()) + coming + 1)
         if 2 * needed < self.table.slots:
             self.resize(needed)
 

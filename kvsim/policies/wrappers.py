@@ -33,6 +33,7 @@ class Wrapper:
 
     inner: str
     policy: Any  # the inner policy
+    passes_on: bool = False  # are its hooks those of the inner policy, and nothing more? Then their text is compiled
     sink: Any = None  # None: the inner policy's
     recent: Any = None
     protect_head: Any = None
@@ -268,6 +269,7 @@ class Lag(Wrapper):
         whole(self, "shown", least=1, most=ROWS)
         self._again, self.budget_free = self.once, self.policy.budget_free and not self.once
         self.lag, self.once, self._at = self.every, False, 0
+        self.passes_on = not self._again
         if self._again:
             self.columns = {**self.columns, "shown": (np.float32, self.shown)}
             if sums := sorted(self.needs & {"colsum", "colsq", "colmax", "spans"}):

@@ -78,8 +78,9 @@ def run(trace, policy, budget, fusing, check=True, **regime):
         trace.lanes, request.stride, policy, Capacity(budget), page_size=trace.page_size, audit=True, **regime
     )
     cache.fusing = fusing
-    kept = {*COLUMNS} if regime.get("offload") else {"key", "copies", *fused.columns_read(policy)}
-    if not regime.get("offload") and "score" in compiled(policy):
+    text = policy.policy if getattr(policy, "passes_on", False) else policy
+    kept = {*COLUMNS} if regime.get("offload") else {"key", "copies", *fused.columns_read(text)}
+    if not regime.get("offload") and "score" in compiled(text):
         kept.discard("weights")  # of this step alone: if nothing else looks, they are nowhere but in the pass
     for a in request.accesses():
         out = cache.access(a)
@@ -115,6 +116,12 @@ def compare(trace, spec, attributes, budget, **regime):
 @given(traces(page_sizes=(1, 1, 4, 16)), policies(), st.integers(5, 9))
 def test_lossy(trace, policy, budget):
     compare(trace, *policy, budget, use=lambda: Use("weight", 0.1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(traces(page_sizes=(1, 4)), st.sampled_from(("lru", "h2o", "tova", LAGGED, "lfu")), st.integers(5, 9))
+def test_a_wrapper_that_passes_its_hooks_on(trace, inner, budget):
+    compare(trace, f"lag(inner={inner!r}, every=2)", {}, budget)
 
 
 @settings(deadline=None, max_examples=50)
