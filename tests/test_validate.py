@@ -18,8 +18,8 @@ from kvsim.machine.hardware import Fit
 from kvsim.trace import open_trace
 from kvsim.validate import Split, read_split, validate_rows, validate_trace
 from kvsim.validate.cases import case_of
-from kvsim.validate.judge import Judged, kendall_tau, knee, prediction_band
-from kvsim.validate.predict import Prediction, eager, predict, simulate
+from kvsim.validate.judge import Judged, judge, kendall_tau, knee, prediction_band
+from kvsim.validate.predict import Peaks, Prediction, eager, predict, simulate
 
 TRACE = Path(__file__).parent.parent / "traces" / "reasoner.kvtrace"
 DEVICE = "nvidia-h100-80gb-hbm3"
@@ -217,6 +217,21 @@ def test_a_wrong_link_is_found_in_what_moves(rows):
     assert host.signed > 0.1 and host.band_coverage < 1.0 and host.stall_error_s > 4e-4
     terms = np.array([list(r.terms.values()) for r in wrong.groups["host"]])
     assert np.abs(terms).mean(0).argmax() == 1  # moving
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_resident_level_is_that_of_every_row_of_it(order):
+    """A row called r100 and one called layer did the same work: the level lies between, whatever their names."""
+    names, times = ("offload/executor/toy/r100", "resident/executor/toy/layer"), (1.0, 2.0)
+    resident = [
+        row(f"{DEVICE}/{name}", ms=[t] * 4) | {"layer_ms": [t] * 4}
+        for name, t in zip(names, times[::order], strict=True)
+    ]
+    moved = row(f"{DEVICE}/offload/executor/toy/r50", 256, ms=[3.0])
+    cases, peak = [case_of(r) for r in (moved, *resident)], Peaks(3e12, 1e15, 6e10, 7e9, "datasheet")
+    (found,) = judge(cases, truth(), peak, lambda case: case.moves)
+    assert found.twin.case.median_s == pytest.approx(1.5e-3)
+    assert found.twin.case.layer_end_s == pytest.approx([1.5e-3] * 4)
 
 
 def test_only_what_is_held_out_is_judged_and_each_row_once(found):

@@ -562,6 +562,22 @@ def entries(machine: Machine, source: str) -> dict[str, Constant]:
     return found | {"gpu.prefill_tile_rows": Constant(tile, "assumed", how)}
 
 
+# GPUs that no table here measured take these of the H100's constants: the H200 is the same chip with other memory, for
+# the A100 it is the nearest that there is.
+SAME_CHIP, FASTER = "as fitted on the H100, the same chip", 4.8 / 3.35  # memory bandwidths of the two datasheets
+NEAREST = ("kernel_time", "attention_fixed", "attention_per_sequence", "attention_row_keys", "prefill_fixed")
+
+
+def h200(h100: Machine) -> dict[str, Constant]:
+    """The H100's compute, and its bandwidths raised as the memory's."""
+    found = {f"gpu.{k}": Constant(text(k, v), "assumed", SAME_CHIP) for k, v in h100.constants.items()}
+    for key in ("weight_bandwidth", "kv_bandwidth"):
+        value = h100.constants[key]
+        source = f"the H100's fitted {text(key, value)} x 4.8 / 3.35, memory bandwidths of the datasheets"
+        found[f"gpu.{key}"] = Constant(text(key, value * FASTER), "assumed", source)
+    return found | {"gpu.prefill_tile_rows": Constant(DEVICES[h100.name].tile_rows, "assumed", SAME_CHIP)}
+
+
 def write(name: str, found: dict[str, Constant]) -> None:
     path = FOLDER / f"{name}.toml"
     beside = path.with_suffix(".toml.partial")
@@ -618,19 +634,23 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="rewrite the fitted entries of kvsim/hardware/*.toml")
     parser.add_argument("--draws", type=int, default=200, help="bootstrap draws of the bands")
     args = parser.parse_args()
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
+    fitted: dict[str, Machine] = {}
     for name in DEVICES:
         source = LLMSERVINGSIM if name in RTX else AICONFIGURATOR
-        machine = study(name, args.data, args.draws)
+        fitted[name] = machine = study(name, args.data, args.draws)
         report[name] = machine.report
         found = entries(machine, "{project}, {measured} (snapshot {snapshot}, {licence})".format(**source))
         print("  " + ", ".join(f"{key[4:]} = {c.value}" for key, c in found.items()))
         if args.write:
             write(name, found)
-    found = {f"gpu.{k}": Constant(text(k, v), "fitted", DISTSERVE) for k, v in a100(args.data).items()}
-    print("\na100-pcie4\n  " + ", ".join(f"{key[4:]} = {c.value}" for key, c in found.items()))
-    if args.write:
-        write("a100-pcie4", found)
+    nearest = fitted["h100-pcie5"]
+    served = {f"gpu.{k}": Constant(text(k, v), "fitted", DISTSERVE) for k, v in a100(args.data).items()}
+    lent = {f"gpu.{k}": Constant(text(k, nearest.constants[k]), "assumed", "as fitted on the H100") for k in NEAREST}
+    for name, found in {"a100-pcie4": served | lent, "h200-pcie5": h200(nearest)}.items():
+        print(f"\n{name}\n  " + ", ".join(f"{key[4:]} = {c.value}" for key, c in found.items()))
+        if args.write:
+            write(name, found)
     if args.report:
         beside = args.report.with_suffix(args.report.suffix + ".partial")
         beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -153,7 +153,7 @@ and without protected tokens. All numbers are of an open loop, and of one small 
 *this* attention, not which is best. Recall is attention mass; output error, what the missing pages do to attention's
 output; gold loss, the share of the tokens that the answer comes from which are gone; recurrence loss, that of uses;
 stranded, tokens that are gone but whose block of 16 is still held. Bytes are those of this
-model's pages (fp16), mean over decode steps: what attention reads, and what is held on the GPU (read sets hold all).
+model's pages (float32), mean over decode steps: what attention reads, and what is held on the GPU (read sets hold all).
 
 To read the tables with: pages are of one token, so Quest's bound of a page is its exact score, and with `dense` layers
 (two of three here) it and FlexiCache read far more than the budget says: see the bytes. What decides once cuts the

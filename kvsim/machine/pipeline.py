@@ -7,7 +7,7 @@ assumed: stalls, contention and late prefetches come out of the queues.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 
 import numpy as np
@@ -254,20 +254,23 @@ class _Step:
             else:
                 m.h2d.move(nbytes, self.host_n[layer], self.priority, arrived)
         if nbytes := self.ssd[layer]:
-            self._fetch_ssd(nbytes, self.ssd_n[layer], layer)
+            self.parts[layer] += self._through_host(nbytes, self.ssd_n[layer], self.priority, arrived)
 
-    def _fetch_ssd(self, nbytes: float, blocks: float, layer: int) -> None:
-        """Blocks are copied on while later ones are read: the copy starts so that it ends with the last block."""
-        m, arrived = self.machine, partial(self._arrived, layer)
-        copy = partial(m.h2d.move, nbytes, blocks, self.priority, arrived)
+    def _through_host(self, nbytes: float, blocks: float, priority: int, arrived: Callable[[], object]) -> int:
+        """Read from the SSD and copy on; how many times `arrived` will be called.
+
+        Blocks are copied while later ones are read: the copy starts so that it ends with the last block, or behind the
+        first one where copying is what takes longer.
+        """
+        m = self.machine
+        copy = partial(m.h2d.move, nbytes, blocks, priority, arrived)
         reading = m.read.seconds(nbytes, blocks) - m.read.first(nbytes, blocks)
-        lead = min(reading, nbytes * (1 - 1 / blocks) / m.h2d.rate)
+        lead = min(reading, (1 - 1 / blocks) * (blocks * m.h2d.link.per_copy + nbytes / m.h2d.rate))
         if lead > 0:
-            self.parts[layer] += 2
-            m.read.move(nbytes, blocks, self.priority, arrived, lead=lead, head=copy)
-        else:
-            self.parts[layer] += 1
-            m.read.move(nbytes, blocks, self.priority, copy)
+            m.read.move(nbytes, blocks, priority, arrived, lead=lead, head=copy)
+            return 2
+        m.read.move(nbytes, blocks, priority, copy)
+        return 1
 
     def _arrived(self, layer: int) -> None:
         self.parts[layer] -= 1
@@ -292,13 +295,13 @@ class _Step:
         (host, host_n), (ssd, ssd_n) = self.next_host, self.next_ssd
         if host[layer] or ssd[layer]:
             landed = partial(m.landed, layer)
-            m.in_flight[layer] = m.in_flight.get(layer, 0) + bool(host[layer]) + bool(ssd[layer])
+            waits = m.in_flight.get(layer, 0)
             if host[layer]:
                 m.h2d.move(host[layer], host_n[layer], PREFETCH, landed)
+                waits += 1
             if ssd[layer]:
-                m.read.move(
-                    ssd[layer], ssd_n[layer], PREFETCH, partial(m.h2d.move, ssd[layer], ssd_n[layer], PREFETCH, landed)
-                )
+                waits += self._through_host(ssd[layer], ssd_n[layer], PREFETCH, landed)
+            m.in_flight[layer] = waits
 
     # --- lumped steps ------------------------------------------------------------------------------------
 

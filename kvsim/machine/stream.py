@@ -32,7 +32,7 @@ _SERVERS = STREAM, H2D, D2H, READ, WRITE, GATHER = range(6)
 _RIVALS = {STREAM: (H2D, D2H), H2D: (D2H,), D2H: (H2D,), READ: (WRITE,), WRITE: (READ,)}  # they slow it while busy
 _NOTHING, _COMPUTED, _ARRIVED, _LANDED = range(4)  # what the end of a job means
 _MINE, _TIMER = -1, -2  # who has an event, beside the servers
-_JOBS = 11  # more than a layer queues in a step: 4 on h2d, 3 reads, and 1 on each of the others
+_JOBS = 12  # at most what a layer queues in a step: 4 on h2d, 4 reads, and 1 on each of the others
 
 _COPIES = tuple(move + "_copies" for move in MOVES)
 
@@ -383,7 +383,7 @@ def _issue(sim):
 
 @_inner
 def _fetch(sim, layer):
-    state, row, read = sim.state[0], sim.layers[layer], sim.servers[READ]
+    state, row = sim.state[0], sim.layers[layer]
     priority = PREFETCH if state.known_at_start else DEMAND
     if row.fetch_host:
         row.parts += 1
@@ -394,11 +394,7 @@ def _fetch(sim, layer):
         else:
             _copy(sim, H2D, row.fetch_host, row.fetch_host_copies, priority, _ARRIVED, layer)
     if row.fetch_ssd:
-        nbytes, blocks = row.fetch_ssd, row.fetch_ssd_copies
-        reading = _block_seconds(read, nbytes, blocks) - (read.latency + nbytes / blocks / read.rate)
-        lead = max(0.0, min(reading, nbytes * (1 - 1 / blocks) / sim.servers[H2D].rate))
-        row.parts += 2 if lead else 1
-        _read(sim, nbytes, blocks, priority, lead, _ARRIVED, layer)
+        row.parts += _through_host(sim, row.fetch_ssd, row.fetch_ssd_copies, priority, _ARRIVED, layer)
 
 
 @_inner
@@ -422,8 +418,7 @@ def _prefetch(sim, layer):
         row.in_flight += 1
         _copy(sim, H2D, row.prefetch_host, row.prefetch_host_copies, PREFETCH, _LANDED, layer)
     if row.prefetch_ssd:
-        row.in_flight += 1
-        _read(sim, row.prefetch_ssd, row.prefetch_ssd_copies, PREFETCH, 0.0, _LANDED, layer)
+        row.in_flight += _through_host(sim, row.prefetch_ssd, row.prefetch_ssd_copies, PREFETCH, _LANDED, layer)
 
 
 @_inner
@@ -454,19 +449,23 @@ def _block_seconds(ssd, nbytes, blocks):
 
 
 @_inner
-def _read(sim, nbytes, blocks, priority, lead, then, layer):
-    """`links.SsdEngine.move` with the copy to the GPU, which starts `lead` seconds of service before the end."""
-    read = sim.servers[READ]
+def _through_host(sim, nbytes, blocks, priority, then, layer):
+    """`pipeline._Step._through_host`, with `links.SsdEngine.move`: how many jobs end in `then`."""
+    read, link = sim.servers[READ], sim.servers[H2D]
     _count(read, nbytes, blocks)
     seconds = _block_seconds(read, nbytes, blocks)
+    reading = seconds - (read.latency + nbytes / blocks / read.rate)
+    lead = max(0.0, min(reading, (1 - 1 / blocks) * (blocks * link.per_copy + nbytes / link.rate)))
     job = _job(sim, seconds - lead, priority, then, layer)
     _cuttable(sim, job, min(read.latency, seconds - lead) if lead else read.latency, read.rate)
     _then_copy(sim, job, nbytes, blocks)
     _put(sim, READ, job)
-    if lead:
-        job = _job(sim, lead, priority, then, layer)
-        _cuttable(sim, job, 0.0, read.rate)
-        _put(sim, READ, job)
+    if not lead:
+        return 1
+    job = _job(sim, lead, priority, then, layer)
+    _cuttable(sim, job, 0.0, read.rate)
+    _put(sim, READ, job)
+    return 2
 
 
 # --- jobs and servers: `links.Server` ------------------------------------------------------------------------

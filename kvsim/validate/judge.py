@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ LINK_BOUND = 0.2  # of what the slowest point takes above the resident level: fr
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A measured case beside its predictions. `twin`: the same work with everything resident, itself where it is that.
+    """A measured case beside its predictions. `twin`: the same work, all of it resident, where the case moves pages.
 
     `seconds`: of each of PREDICTORS; `band`: 5 % and 95 % of the prediction, as far as the constants' own bands say;
     `outside`: what of the case lies outside of the range in which the hardware was measured.
@@ -81,7 +81,10 @@ def judge(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Judged]:
     """The cases for which `counted` holds, in order of their keys; the others are only twins."""
-    whole = {c.work: _judged(c, hardware, peak) for c in sorted(cases, key=_key, reverse=True) if _is_twin(c)}
+    resident: dict[tuple, list[Case]] = {}
+    for case in sorted(filter(_is_twin, cases), key=_key):
+        resident.setdefault(case.work, []).append(case)
+    whole = {work: _judged(_together(same), hardware, peak) for work, same in resident.items()}
     wanted, found = sorted(filter(counted, cases), key=_key), []
     for done, case in enumerate(wanted):
         progress(done, len(wanted))
@@ -96,6 +99,12 @@ def _key(case: Case) -> str:
 
 def _is_twin(case: Case) -> bool:
     return case.impl == "executor" and not case.moves and not case.whole
+
+
+def _together(same: Sequence[Case]) -> Case:
+    """One case of the samples of all: which of them is called the resident level must not decide a knee."""
+    ends = np.median([case.layer_end_s for case in same], axis=0)
+    return replace(same[0], seconds=np.concatenate([case.seconds for case in same]), layer_end_s=ends)
 
 
 def _judged(case: Case, hardware: Hardware, peak: Peaks, twin: Judged | None = None, bands: bool = False) -> Judged:

@@ -131,7 +131,7 @@ def _compute(case: Case, hardware: Hardware) -> float:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Rates that nothing exceeds: bytes/s of memory, host link and SSD, FLOP/s of a GEMM. `source`: whose they are."""
+    """Rates as advertised: bytes/s of memory, host link and SSD, FLOP/s of a GEMM. `source`: whose they are."""
 
     memory: float
     flops: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from kvsim.errors import ConfigError
-from kvsim.machine import Constant, Hardware
+from kvsim.machine import SHAPES, Constant, Hardware, Work
+from kvsim.machine.compute import work_seconds
 from kvsim.machine.hardware import EVIDENCE, FOLDER, KINDS, Fit, shipped
 
 NAMES = {"h100-pcie5", "h200-pcie5", "a100-pcie4", "rtx4090-pcie4", "rtxpro6000-pcie5"}
@@ -42,6 +44,17 @@ def test_measured_gpus_are_fitted():
         constants = Hardware.load(name).constants
         for key in ("weight_bandwidth", "kv_bandwidth", "gemm_flops", "attention_flops", "kernel_time"):
             assert constants[f"gpu.{key}"].evidence == "fitted"
+
+
+def test_the_same_chip_with_faster_memory_is_nowhere_slower():
+    h100, h200, shape = Hardware.load("h100-pcie5").gpu, Hardware.load("h200-pcie5").gpu, SHAPES["llama-3.1-8b"]
+    for prefill, context, sequences in itertools.product((False, True), (512, 8192, 32768), (1, 16)):
+        queries = sequences * context if prefill else sequences
+        kv_read = context * sequences * shape.kv_token_bytes
+        work = Work.idle(shape.layers, queries=queries, sequences=sequences, prefill=prefill, kv_read=kv_read)
+        there, here = (work_seconds(gpu, shape, work).sum() for gpu in (h200, h100))
+        assert there <= here, (prefill, context, sequences)
+        assert prefill or context < 8192 or there < 0.8 * here, (context, sequences)
 
 
 def test_a_file_by_path(tmp_path):

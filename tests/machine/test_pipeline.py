@@ -300,6 +300,26 @@ def test_ssd_reads_and_copies_are_pipelined():
     assert step(fast, reading).end_s == pytest.approx(1e-4 + 0.05 + 1e6 / 10e9, rel=1e-3)
 
 
+def test_the_cost_of_a_copy_is_hidden_behind_the_reads():
+    """Only the last block's copy shows, and with slow copies only the first block's read."""
+    drive = {"ssd__read_bandwidth": 2e9, "ssd__read_latency": 1e-4, "ssd__queue_depth": 64}
+    reading = Work.idle(1, fetch_ssd=100e6, fetch_ssd_copies=100)
+    quick = hardware(**drive, link__h2d__bandwidth=10e9, link__h2d__per_copy=1e-4)  # a block: read 500, copied 200 us
+    assert step(quick, reading).end_s == pytest.approx(1e-4 + 0.05 + 200e-6, rel=1e-9)
+    slow = hardware(**drive, link__h2d__bandwidth=10e9, link__h2d__per_copy=9e-4)  # a block: copied in 1 ms
+    assert step(slow, reading).end_s == pytest.approx(1e-4 + 500e-6 + 0.1, rel=1e-9)
+
+
+def test_prefetches_from_the_ssd_are_copied_on_block_by_block():
+    """As what is fetched is: the next iteration finds them there after t_first + m / min(rate, beta)."""
+    drive = {"ssd__read_bandwidth": 2e9, "ssd__read_latency": 1e-4, "ssd__queue_depth": 64}
+    ahead = Work.idle(1, prefetch_ssd=100e6, prefetch_ssd_copies=100)
+    wanted = Work.idle(1)
+    wanted.awaits[:] = True
+    records, _ = steps(hardware(**drive), [ahead, wanted])
+    assert records[1].end_s == pytest.approx(1e-4 + 500e-6 + 0.1, rel=1e-9)
+
+
 def test_pageable_copies_hold_the_submit_thread():
     pageable = {"host__copies": "pageable", "link__h2d__pageable_bandwidth": 1e9}
     record = step(hardware(**pageable, cpu__layer_submit=1e-3), work(1e-3, 4e-3, known="start"))
