@@ -14,14 +14,17 @@ experiments/gpu/README.md.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
+import os
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +54,7 @@ LISTED, LISTED_THREADS = "nvidia-h100-80gb-hbm3", (1, 2, 4, 8, 16)  # a list is 
 NOT_TRIED = "not measured"  # how the error of a point begins whose feature does not work
 FILE_BYTES, TRACE_BYTES = 16 << 20, 40 << 20  # a tar file, and a captured sample, hold no more
 DEVICE_LOST = 3  # exit code: start again with --resume, the point that broke the device comes last then
+HANGS_S, HANGS = 150.0, 5.0  # a point hangs that takes so long, and so many times what it should
 
 Size = tuple[int, int]  # sequences, context
 Row = dict[str, Any]
@@ -249,7 +253,14 @@ class Campaign:
         except ConfigError as error:  # all but the disk can still be measured
             self.record_error("calibrate/ssd/no-room", "calibrate", error)
             disk = None
-        probes.calibrate_rows(self.log, self.bench, self.grid, disk, self.say_progress)
+        with ExitStack() as watch:
+
+            def progress(done: int, total: int, what: str) -> None:
+                watch.close()
+                watch.enter_context(self.watched(f"error/calibrate/{before}/{done}", "error", 0.0))
+                self.say_progress(done, total, what)
+
+            probes.calibrate_rows(self.log, self.bench, self.grid, disk, progress)
         rows = [row for row in self.log.rows[before:] if row["phase"] == "calibrate"]
         self.count("calibrate", measured=sum("ms" in r for r in rows), failed=sum("error" in r for r in rows))
         self.assert_alive()
@@ -273,7 +284,27 @@ class Campaign:
             self.count(phase, **{NOT_TRIED: 1})
             self.log.add(key, phase, "error", {}, None, error=f"{NOT_TRIED}: {broken}"[:500])
         else:
-            self.attempt(phase, point)
+            with self.watched(point.key, phase, point.need_s + build_s):
+                self.attempt(phase, point)
+
+    @contextmanager
+    def watched(self, key: str, phase: str, need_s: float) -> Iterator[None]:
+        """While inside, more than a multiple of `need_s` ends the process as a lost device would: nothing else ends a
+        thread that waits for a device which never comes."""
+        seconds = max(HANGS_S, HANGS * need_s)
+        timer = threading.Timer(seconds, self.give_up, (key, phase, seconds))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def give_up(self, key: str, phase: str, seconds: float) -> None:
+        """Say where all threads are, write the point's row, and end the process."""
+        faulthandler.dump_traceback()
+        self.record_error(key, phase, TimeoutError(f"it hangs: nothing came of it in {seconds:.0f} s"))
+        os._exit(DEVICE_LOST)
 
     def attempt(self, phase: str, point: Point) -> None:
         try:
@@ -894,4 +925,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == DEVICE_LOST:  # what the interpreter tears down would meet the lost device, and may abort in another code
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

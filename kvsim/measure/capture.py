@@ -32,7 +32,7 @@ def capture(
     prompt_rows: int | str = 64,
     vectors: bool = False,
     spans: str | os.PathLike | None = None,
-    keep: float = 0.99,
+    keep: float = 1.0,
     lossless: bool = False,
     seed: int = 0,
     name: str | None = None,

@@ -525,6 +525,7 @@ def pins(bench: Bench, grid: Grid) -> Iterator[Point]:
 
     def measure(nbytes: int) -> Sample:
         kept, taken = [], []
+        bench.torch._C._host_emptyCache()  # what was freed before would be handed out again
         for _ in range(3):  # kept, so that the allocator has none to hand out again
             began = time.perf_counter()
             kept.append(bench.torch.empty(nbytes, dtype=bench.torch.uint8, pin_memory=True))

@@ -102,16 +102,22 @@ class Arrivals:
             arrived = True
         finally:
             with self._lock:
-                if self.begun is not None:
-                    self.begun.record(self.copy)
-                    self.begun = None
-                if arrived:
-                    destination, source = read.pair
-                    self.copy.submit(partial(destination.copy_, source, non_blocking=True))
                 self.left -= 1
-                if not self.left:
-                    self.loaded.record(self.copy)
-                    self.all_submitted.set()
+                try:
+                    self._submit(read, arrived)
+                finally:  # whoever waits for the copies goes on even if the device took none
+                    if not self.left:
+                        self.all_submitted.set()
+
+    def _submit(self, read: Read, arrived: bool) -> None:
+        if self.begun is not None:
+            self.begun.record(self.copy)
+            self.begun = None
+        if arrived:
+            destination, source = read.pair
+            self.copy.submit(partial(destination.copy_, source, non_blocking=True))
+        if not self.left:
+            self.loaded.record(self.copy)
 
 
 def page_runs(pages: np.ndarray, longest: int | None = None) -> list[tuple[int, int]]:

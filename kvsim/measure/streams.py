@@ -249,7 +249,11 @@ class CudaStream:
 
 
 class CudaDevice(Device):
-    """The current CUDA device. A part becomes one CUDA graph, replayed on the compute stream."""
+    """The current CUDA device. A part becomes one CUDA graph, replayed on the compute stream.
+
+    Meanwhile no attention runs in cuDNN, which torch prefers on Hopper from 2.11 on: it makes a plan for every length
+    of a context, so that each decode step of a growing one would measure the planning.
+    """
 
     kind = "cuda"
 
@@ -258,6 +262,11 @@ class CudaDevice(Device):
         self.place = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.place)
         self.compute, self.copy, self.write_back = CudaStream(), CudaStream(priority=-1), CudaStream()
+        self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def close(self) -> None:
+        require("torch").backends.cuda.enable_cudnn_sdp(self._cudnn)
 
     def event(self) -> CudaEvent:
         return CudaEvent()
@@ -280,6 +289,7 @@ class CudaDevice(Device):
             for graph, part in zip(graphs, parts, strict=True):
                 with cuda.graph(graph, pool=pool, stream=side):
                     part()
+                graph.part = part  # a graph knows addresses alone: what lies there must live as long as it
         finally:
             gc.unfreeze()
         cuda.synchronize()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -229,6 +230,24 @@ def test_a_lost_device_ends_the_campaign_with_its_own_code(tmp_path, monkeypatch
     assert code == campaign.DEVICE_LOST and "illegal memory access" in capsys.readouterr().err
     assert "ssd" not in {row["phase"] for row in rows}
     assert [point(row) for row in rows if "error" in row] == [f"resident/hf-decode/{ONE}/1x48"]
+
+
+def test_a_point_that_hangs_ends_the_process_as_a_lost_device_does(tmp_path, monkeypatch):
+    ended, codes = threading.Event(), []
+
+    def hang(*args, **more):
+        assert ended.wait(60)
+        raise RuntimeError("here the process is gone")
+
+    monkeypatch.setattr(campaign.hf, "run_decode", hang)
+    monkeypatch.setattr(campaign, "HANGS_S", 2.0)
+    monkeypatch.setattr(campaign, "HANGS", 0.0)
+    monkeypatch.setattr(campaign.faulthandler, "dump_traceback", lambda: None)
+    monkeypatch.setattr(campaign.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    run(tmp_path / "out")
+    written = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    errors = [row["error"] for row in written if point(row) == f"resident/hf-decode/{ONE}/1x48"]
+    assert errors[0].startswith("TimeoutError: it hangs") and set(codes) == {campaign.DEVICE_LOST}
 
 
 def test_nothing_is_begun_behind_the_deadline(tmp_path, capsys):

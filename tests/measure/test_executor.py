@@ -7,6 +7,10 @@ import math
 import subprocess
 import sys
 import threading
+import weakref
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +22,8 @@ from kvsim.machine.compute import SHAPES as MACHINE_SHAPES  # noqa: E402
 from kvsim.measure.bare import SHAPES, Bare, Shape, attention, shape  # noqa: E402
 from kvsim.measure.disk import PageFile, Workers  # noqa: E402
 from kvsim.measure.executor import Executor, MoveError  # noqa: E402
-from kvsim.measure.schedule import Schedule, page_runs, synthetic_moves  # noqa: E402
-from kvsim.measure.streams import ALIGNMENT, open_device  # noqa: E402
+from kvsim.measure.schedule import Arrivals, Schedule, page_runs, synthetic_moves  # noqa: E402
+from kvsim.measure.streams import ALIGNMENT, CudaDevice, open_device  # noqa: E402
 from kvsim.plan import HOST, LOAD, SSD, STORE, Moves, Plan, PlanInfo, loads  # noqa: E402
 
 TOY = Shape("toy", 4, 32, 4, 2, 8, 48, 64, 4)
@@ -193,6 +197,20 @@ def test_what_goes_wrong_in_a_stream_or_a_reader_is_raised(executor, monkeypatch
             with pytest.raises(ZeroDivisionError):
                 executor.step(SOME)
     assert executor.check(MIXED).ok
+
+
+def test_a_copy_that_the_device_refuses_holds_nobody_up(executor, monkeypatch):
+    """As on a lost device: the step fails, though the thread that submits its layers waits for the readers."""
+    real = Arrivals._submit
+
+    def refused(self, read, arrived):
+        raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arrivals, "_submit", refused)
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            executor.step([loads([1, 2], SSD)] * 4)
+    assert Arrivals._submit is real and executor.check(MIXED).ok
 
 
 # -- the SSD's file ----------------------------------------------------------------------------------------------
@@ -446,6 +464,40 @@ def test_events_of_a_cpu_mean_what_those_of_cuda_do():
         assert order == ["copy"] and not hold.is_set()
         hold.set()
         device.synchronize()
+
+
+def test_attention_is_not_that_of_cudnn_while_a_cuda_device_is_open(monkeypatch):
+    stubs = {"current_device": lambda: 0, "get_device_name": lambda place: "a GPU", "Stream": lambda **_: None}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with CudaDevice() as device:
+        assert device.name == "a GPU" and not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch):
+    """A graph holds addresses: memory freed before it is replayed would be somebody else's."""
+
+    class Graph:
+        def replay(self):
+            pass
+
+    nothing = SimpleNamespace(wait_stream=lambda stream: None)
+    stubs = {
+        "Stream": lambda **_: nothing, "current_stream": lambda: nothing, "stream": lambda stream: nullcontext(),
+        "synchronize": lambda: None, "graph_pool_handle": lambda: None, "CUDAGraph": Graph,
+        "graph": lambda graph, **_: nullcontext(),
+    }  # fmt: skip
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    buffer = torch.ones(1)
+    alive = weakref.ref(buffer)
+    (replay,) = CudaDevice.compiled(CudaDevice.__new__(CudaDevice), [partial(buffer.add_, 1.0)])
+    del buffer
+    assert alive() is not None
+    del replay
+    assert alive() is None
 
 
 def test_importing_loads_no_torch():
