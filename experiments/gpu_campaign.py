@@ -688,7 +688,10 @@ def _train(c: Campaign, nothing: None) -> Row:
         folder = Path(work) / "reasoner"
         row = _learn(c, reasoner.main, folder, c.sizes.train, "train_log.json", 60.0, "final_teacher_forced")
         prompts = task_prompts(HERE / "reasoner" / "task.py", count, settings=settings)
-        row["params"] |= {"sample_requests": _sample(c, folder, prompts, "Apache-2.0"), "sample_settings": settings}
+        row["params"] |= {
+            "sample_requests": _sample(c, folder, prompts, "Apache-2.0", 1.0),
+            "sample_settings": settings,
+        }
     return row
 
 
@@ -699,7 +702,7 @@ def _text(c: Campaign, nothing: None) -> Row:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "text"
         row = _learn(c, model.main, folder, c.sizes.text, "text_log.json", 90.0, "final_held_out", "corpus")
-        row["params"]["sample_requests"] = _sample(c, folder, read_prompts(folder / "prompts.jsonl"), "PSF-2.0")
+        row["params"]["sample_requests"] = _sample(c, folder, read_prompts(folder / "prompts.jsonl"), "PSF-2.0", 0.99)
     return row
 
 
@@ -722,19 +725,21 @@ def _learn(
     return {"kind": folder.name, "params": kept, "ms": [seconds * 1e3]}
 
 
-def _sample(c: Campaign, model: Path, prompts: Sequence[Any], licence: str, most: int = TRACE_BYTES) -> int:
+def _sample(
+    c: Campaign, model: Path, prompts: Sequence[Any], licence: str, keep: float, most: int = TRACE_BYTES
+) -> int:
     """Capture known continuations on the trained model, as many as `most` bytes hold; how many these are."""
     from kvsim.measure.capture import capture
 
     with tempfile.TemporaryDirectory() as work:
         out, name, count = Path(work) / f"{model.name}-gpu.kvtrace", f"{model.name} (GPU)", len(prompts)
-        how: Row = {"mode": "forced", "batch_size": count, "device": c.device.kind, "dtype": "float32"}
+        how: Row = {"mode": "forced", "batch_size": count, "device": c.device.kind, "dtype": "float32", "keep": keep}
         trace = capture(model, prompts, out, name=name, licence=licence, **how)
         size = sum(path.stat().st_size for path in trace.iterdir())
         if size <= most or count == 1:
             _pack(trace, c.out)
             return count
-    return _sample(c, model, prompts[: max(1, count * most // size)], licence, most)
+    return _sample(c, model, prompts[: max(1, count * most // size)], licence, keep, most)
 
 
 def _pack(folder: Path, out: Path, most: int = FILE_BYTES) -> None:

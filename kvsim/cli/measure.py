@@ -39,7 +39,15 @@ def capture(
     prompt_rows: Annotated[str, typer.Option(help="How many of the last prompt rows to store, or all.")] = "64",
     vectors: Annotated[bool, typer.Option(help="Store queries, keys and values too.")] = False,
     spans: Annotated[Path | None, typer.Option(help="JSON list of [start, end, name]: column sums per span.")] = None,
-    keep: Annotated[float, typer.Option(help="Share of each row's mass that is kept.")] = 0.99,
+    keep: Annotated[
+        float,
+        typer.Option(
+            help="Share of each row's mass whose weights are kept; 1: every weight, a byte each. 0.99: smaller files, "
+            "that say less of the order of small weights, by which TOVA evicts.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = 1.0,
     lossless: Annotated[bool, typer.Option(help="Every weight, as float32.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the task's samples.")] = 0,
     name: Annotated[

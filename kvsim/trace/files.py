@@ -33,11 +33,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise TraceError(f"the manifest cannot be read: {error!r}", where=str(path / MANIFEST), hint=AGAIN) from error
     if name != FORMAT or min(lanes) < 1 or not known:
         raise TraceError(f'the format is "{name}"', where=str(path / MANIFEST), hint=f'kvsim reads "{FORMAT}"')
-    if major > int(VERSION.split(".")[0]):
+    if major != int(VERSION.split(".")[0]):
+        newer = major > int(VERSION.split(".")[0])
+        age = "newer" if newer else "older"
         raise TraceError(
-            f"format version {manifest['version']} is newer than this kvsim reads ({VERSION})",
+            f"format version {manifest['version']} is {age} than this kvsim reads ({VERSION})",
             where=str(path / MANIFEST),
-            hint="update kvsim",
+            hint="update kvsim" if newer else "capture it again: smaller weights are kept now",
         )
     for file, entry in files.items():
         size = (path / file).stat().st_size if (path / file).is_file() else None

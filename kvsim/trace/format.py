@@ -37,10 +37,11 @@ class TraceWriter:
     """Writes a `.kvtrace` directory: rows as they come, each request closed by `finish_request`.
 
     `manifest` holds what the caller knows about model and run; the writer adds format, encoding, files and
-    fingerprint. `keep`, `min_keep`, `floor`: a row keeps its largest weights until they hold `keep` of the
-    mass, are at least `min_keep`, and include every weight of at least `floor`. `lossless` keeps every
-    weight as float32. `with_max` expects the largest query head of the group beside the mean. `heads` in the
-    manifest says what a row is: "kv" (mean over the group, the default) or "query".
+    fingerprint. `keep`: 1 keeps every weight, in a byte each. Less keeps of a row its largest weights until they hold
+    that share of the mass, are at least `min_keep`, and include every weight of at least `floor`; the rest is spread
+    evenly, so who evicts by the order of small weights (TOVA) is told less. `lossless` keeps every weight as float32.
+    `with_max` expects the largest query head of the group beside the mean. `heads` in the manifest says what a row is:
+    "kv" (mean over the group, the default) or "query".
 
     Use it as a context manager: the trace appears under `path` at the end, or not at all.
     """
@@ -52,7 +53,7 @@ class TraceWriter:
         layers: int,
         kv_heads: int,
         manifest: Mapping[str, Any],
-        keep: float = 0.99,
+        keep: float = 1.0,
         min_keep: int = 64,
         floor: float = 1e-4,
         lossless: bool = False,
@@ -75,7 +76,11 @@ class TraceWriter:
                 "keep": "all" if lossless else keep,
                 "min_keep": min_keep,
                 "floor": floor,
-                "code_per_octave": kernels.PER_OCTAVE,
+                "code": {
+                    "per_octave": kernels.PER_OCTAVE,
+                    "octaves": kernels.FINE_OCTAVES,
+                    "growth": kernels.GROWTH,
+                },
                 "max": with_max,
                 "vectors": vectors,
             },

@@ -28,7 +28,7 @@ import pyarrow as pa
 from kvsim.errors import TraceError
 
 FORMAT = "kvsim-attention-trace"
-VERSION = "1.0"  # readers refuse a newer major number and ignore columns they do not know
+VERSION = "2.0"  # readers refuse another major number and ignore columns they do not know
 GROUP_BYTES = 8 << 20  # of one row group, uncompressed; a reader holds one
 VECTOR_TOKENS = 512  # tokens per line of a vectors file
 KEYS = ("request", "step", "layer", "kv_lo", "kv_hi")

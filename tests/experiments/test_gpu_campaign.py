@@ -144,7 +144,7 @@ def test_a_sample_that_is_too_large_is_captured_with_fewer_requests(whole, tmp_p
     with tarfile.open(out / "text-gpu.kvtrace.tar") as tar:
         size = sum(member.size for member in tar.getmembers())
     c = SimpleNamespace(device=SimpleNamespace(kind="cpu"), out=tmp_path)
-    assert campaign._sample(c, tmp_path / "text", prompts, "PSF-2.0", size * 3 // 4) == len(prompts) - 1 == 1
+    assert campaign._sample(c, tmp_path / "text", prompts, "PSF-2.0", 1.0, size * 3 // 4) == len(prompts) - 1 == 1
     with tarfile.open(tmp_path / "text-gpu.kvtrace.tar") as tar:
         assert [name for name in tar.getnames() if "attn" in name] == ["text-gpu.kvtrace/attn-0.parquet"]
 

@@ -26,7 +26,7 @@ def memory():
 @pytest.fixture(scope="session")
 def _stored(memory, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("traces")
-    save(memory, folder / "lossy.kvtrace", min_keep=8)
+    save(memory, folder / "lossy.kvtrace", keep=0.99, min_keep=8)
     save(memory, folder / "whole.kvtrace", lossless=True)
     return {"lossy": folder / "lossy.kvtrace", "whole": folder / "whole.kvtrace"}
 

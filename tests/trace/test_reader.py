@@ -53,11 +53,13 @@ def test_a_foreign_format(lossy):
     refuses(lossy, 'the format is "other"')
 
 
-def test_a_newer_major_is_refused_and_a_newer_minor_is_read(lossy):
-    edit_manifest(lossy, version="1.7")
+def test_another_major_is_refused_and_a_newer_minor_is_read(lossy):
+    edit_manifest(lossy, version="2.7")
     replay(open_trace(lossy))
-    edit_manifest(lossy, version="2.0")
+    edit_manifest(lossy, version="3.0")
     refuses(lossy, "newer than this kvsim reads")
+    edit_manifest(lossy, version="1.0")
+    refuses(lossy, "older than this kvsim reads")
 
 
 @pytest.mark.parametrize("name", ["attn-1.parquet", "prefill.parquet", "requests.parquet"])
