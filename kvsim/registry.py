@@ -52,6 +52,9 @@ _COMMON = {
     "evidence": "own",  # code, abs, 3rd, mem, derived, own: see kvsim/policies/classic.py
     "regimes": ("lossy", "offload"),
 }
+_CHOICES = {"granularity": ("head", "layer", "token"), "rows": ("visible", "full"), "clock": ("step", "token")}
+_REGIMES = ("lossy", "offload")
+_TAKEN = ("key", "born", "arrived", "last", "uses", "mass", "weights", "resident", "pins", "size", "wanted")  # columns
 PROTECTION: dict[str, tuple[str, Any]] = {
     "sink": ("int", 0),
     "recent": ("int | str", 1),
@@ -173,9 +176,45 @@ def build(text: str, kind: str = "policy") -> Any:
                 f'{kind} "{spec.name}" has no parameter "{key}"', where=text, hint=f"it has {', '.join(known)}"
             )
     try:
-        return cls(**spec.parameters)
+        made = cls(**spec.parameters)
     except (TypeError, ValueError) as error:
         raise PolicyError(f'{kind} "{spec.name}" refused its parameters: {error}', where=text) from error
+    if kind == "policy" and (wrong := _wrong(made)):
+        what, hint = wrong
+        raise PolicyError(f'policy "{spec.name}": {what}', where=_home(cls), hint=hint)
+    return made
+
+
+def _wrong(policy: Any) -> tuple[str, str] | None:
+    """The first attribute that the engine cannot use, and what would be right."""
+    for name, good in _CHOICES.items():
+        if getattr(policy, name) not in good:
+            return f"{name} is {getattr(policy, name)!r}", f"write one of {', '.join(good)}"
+    for name in ("batch", "lag"):
+        value = getattr(policy, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            return f"{name} is {value!r}", "write a whole number from 1"
+    if isinstance(policy.regimes, str) or not policy.regimes or not set(policy.regimes) <= {*_REGIMES}:
+        return f"regimes is {policy.regimes!r}", 'write a tuple of names, such as ("lossy",)'
+    if not isinstance(policy.needs, (set, frozenset)) or not all(isinstance(name, str) for name in policy.needs):
+        return f"needs is {policy.needs!r}", 'write a set of names, such as {"colsum"}'
+    if not isinstance(policy.columns, dict):
+        return f"columns is {policy.columns!r}", 'write names and NumPy types, such as {"heat": np.float32}'
+    for name, dtype in policy.columns.items():
+        if name in _TAKEN:
+            return f'column "{name}" has the name of one of the engine\'s', f"other than {', '.join(_TAKEN)}"
+        if not _is_number(dtype):
+            return f'column "{name}" is not of a NumPy type of numbers but {dtype!r}', "np.float32, say"
+    return None
+
+
+def _is_number(dtype: Any) -> bool:
+    import numpy as np
+
+    try:
+        return dtype is not None and np.dtype(dtype).base.kind in "biuf"
+    except (TypeError, ValueError):
+        return False
 
 
 def find(name: str, kind: str = "policy") -> type:

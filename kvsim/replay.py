@@ -234,11 +234,13 @@ def _shape(trace: Trace, model: str | None) -> ModelShape:
     if model in SHAPES:
         return SHAPES[model]
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    hint = f"give a folder with a config.json, such a file, or one of {', '.join(SHAPES)}"
+    if not path.is_file():
+        raise ConfigError(f'no model "{model}"', hint=hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        hint = f"give a config.json, or one of {', '.join(SHAPES)}"
-        raise ConfigError(f'cannot read model "{model}": {error}', hint=hint) from None
+        raise ConfigError(f"cannot read the model: {error}", where=str(path), hint=hint) from None
     return replace(shape_from_config(config), name=path.parent.name or path.stem)
 
 
@@ -292,8 +294,9 @@ class Replay:
             self.quality is not None and setting.trace.pool == "head" and request.source.provides >= VECTORS
         )
 
-    def reserves(self) -> dict[str, float]:
-        """Bytes by tier that this request may hold at most.
+    def reserves(self, left: float | None = None) -> dict[str, float]:
+        """Bytes by tier that this request may hold at most: from the start, or once `left` pages per lane are left of
+        its prompt.
 
         On the GPU the larger of prompt and budget with what a lag lets through, and in the offload regime the staging
         buffers of fetched pages; below it every page of the request, the host first.
@@ -303,7 +306,7 @@ class Replay:
         budget = min(self.budget, stride) if c.policy.bounded else stride  # a split may have moved the cache's own
         if c.lossy and c.selects:
             budget = stride  # a read set saves bandwidth, not memory
-        prompt = pages(self.request.prompt_tokens, self.request.page_size)
+        prompt = pages(self.request.prompt_tokens, self.request.page_size) if left is None else left
         late = pages(self.request.output_tokens, self.request.page_size) if c.policy.once else c.policy.lag
         held = min(stride, max(prompt, budget) + (late if c.lossy else 1))
         held = s.stored(held) * s.page_bytes

@@ -104,7 +104,10 @@ class _Running:
     last_token: float = 0.0
     decoded: int = 0
     held: float = 0.0  # bytes on the GPU in its latest step
+    kept: float = 0.0  # and after it
+    left: float = 0.0  # pages per lane after it
     peak: float = 0.0
+    reserved: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
 
 
@@ -123,21 +126,23 @@ def _serve(
             if running and not memory.fits(head.reserves()):
                 books.waited = True
                 break
-            yield from memory.reserve(head.reserves())
+            yield from memory.reserve(need := head.reserves())
             new = _Running(head, iter(head), machine.now, Moves(books.plan, head) if books.plan else None)
             head = next(waiting, None)
             yield from _iterate(machine, setting, books, [new])
+            books.together([new], running)
             new.first_token = new.last_token = machine.now
+            new.reserved = new.replay.reserves(new.left)  # the prompt has been cut to what the cache may hold
+            yield from memory.release(need, new.reserved)
             running.append(new)
-            books.together(running)
         finished = yield from _iterate(machine, setting, books, running)
-        books.together(running)
+        books.together([r for r in running if r not in finished], [])
         done += len(running) - len(finished)
         progress(done, total)
         for r in finished:
             books.retire(r)
             running.remove(r)
-            yield from memory.release(r.replay.reserves())
+            yield from memory.release(r.reserved)
 
 
 def _iterate(machine: Machine | Stream, setting: Setting, books: _Books, running: list[_Running]):
@@ -248,9 +253,10 @@ class _Books:
         self.policy_s = 0.0  # wall time spent in the policies
         self.state_bytes = 0  # that the policy keeps per page
 
-    def together(self, running: list[_Running]) -> None:
-        self.peak = max(self.peak, sum(r.held for r in running))
-        self.most = max(self.most, len(running))
+    def together(self, stepped: list[_Running], others: list[_Running]) -> None:
+        """What the GPU held during an iteration: pages of those that took a step, and what the others keep."""
+        self.peak = max(self.peak, sum(r.held for r in stepped) + sum(r.kept for r in others))
+        self.most = max(self.most, len(stepped) + len(others))
 
     def step(self, r: _Running, a: Access, o: Outcome, when: Record) -> None:
         lane, heads = self.setting.lane_bytes(r.replay.lanes), r.replay.lanes[1]
@@ -264,7 +270,7 @@ class _Books:
         resident, stored = o.resident.reshape(-1, heads).sum(1), self.setting.stored
         host, ssd = (self.setting.ratio(name) for name in ("host", "ssd"))
         r.last_token = when.end_s
-        r.held = self._held(r, o, lane)
+        r.held, r.kept, r.left = self._held(r, o, lane), float(lane @ stored(resident, heads)), float(o.resident.mean())
         r.peak = max(r.peak, r.held)
         self.steps.add(
             request=r.replay.request.id,
@@ -277,7 +283,7 @@ class _Books:
             ceiling=r.replay.ceiling.sum(),
             even_ceiling=r.replay.even_ceiling.sum(),
             resident_pages=resident.sum(),
-            resident_bytes=lane @ stored(resident, heads),
+            resident_bytes=r.kept,
             held_bytes=r.held,
             read_bytes=lane @ stored(o.read, heads),
             fetched_host_bytes=lane @ o.fetched[1] * host,

@@ -7,11 +7,15 @@ are handed configurations and give back nothing but files.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +24,7 @@ import numpy as np
 from kvsim import registry, results
 from kvsim.config import parse_settings, read_toml, run_config
 from kvsim.errors import ConfigError, KvsimError, ResultError
+from kvsim.machine import Hardware
 from kvsim.manifest import identify
 from kvsim.replay import Setting, prepare, rehearse
 from kvsim.report import VERDICTS, bound, judge, metric
@@ -64,7 +69,7 @@ def read_sweep(path: str | Path, settings: list[str] | None = None) -> Plan:
     plots = table.get("plot", [])
     points, axes = expand(base, table["sweep"], where)
     for point in points:
-        run_config(point, where=where)
+        Hardware.require_units(run_config(point, where=where).constants, where)
     return Plan(
         str(table.get("name", Path(path).stem)),
         table["trace"],
@@ -184,7 +189,8 @@ def _execute(plan: Plan, todo: Mapping[Path, Point], texts: dict[Path, bytes], j
                 _point(trace, point, folder, texts)
             yield
         return
-    with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=get_context("spawn")) as pool:
+    others, start = active_children(), get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=start, initializer=_worker) as pool:
         futures = {pool.submit(_point, plan.trace, p, folder, texts): p for folder, p in todo.items()}
         try:
             for future in as_completed(futures):
@@ -193,7 +199,23 @@ def _execute(plan: Plan, todo: Mapping[Path, Point], texts: dict[Path, bytes], j
                 yield
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                if process not in others:
+                    process.terminate()  # a point may take minutes; what it had begun to write has no name yet
             raise
+
+
+def _worker() -> None:
+    """A worker leaves interrupts to the process that started it, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _point(trace: Trace | str, point: Point, folder: Path, texts: dict[Path, bytes]) -> None:

@@ -33,11 +33,13 @@ def _scaled(text: str | float, what: str, right: str, suffixes: dict[str, float]
         raise ConfigError(f'cannot read {what} "{text}": unknown unit "{unit}"', hint=f"write it like {right}")
     if value < 0:
         raise ConfigError(f'{what} of "{text}" is below zero', hint=f"write it like {right}")
+    if isinstance(text, str) and not unit and value:
+        raise ConfigError(f'{what} of "{text}" has no unit', hint=f"write it like {right}")
     return value * suffixes[unit]
 
 
 def parse_bytes(text: str | float) -> float:
-    """Bytes from "64GiB", "1.5 TB" or a plain number."""
+    """Bytes from "64GiB", "1.5 TB", or a plain number that is no text; the same holds below."""
     return _scaled(text, "a size", '"64GiB" or "500MB"', {"": 1.0} | {p + "B": f for p, f in _PREFIX.items()})
 
 

@@ -56,7 +56,7 @@ def policy_for(spec: str, **attributes):
 
 def replay(
     policy, budget, trace=None, *, kind=Cache, offload=None, use=THETA, demand=None, seed=0,
-    host=None, ssd=None, audit=True,
+    host=None, ssd=None, audit=True, record=False,
 ):  # fmt: skip
     """One request through one cache. `policy`: a spec or an object; `offload`: a spec; with it, the offload regime."""
     p = registry.build(policy) if isinstance(policy, str) else policy
@@ -66,7 +66,7 @@ def replay(
         pool = {"head": trace.pool}.get(p.granularity, p.granularity)
         p.foresee(Future(replace(request, pool=pool), demand or use))
     regime = {"offload": registry.build(offload, "offload"), "demand": demand} if offload else {}
-    extra = {"audit": audit} if issubclass(kind, Cache) else {}
+    extra = {"audit": audit, "record": record} if issubclass(kind, Cache) else {}
     cache = kind(
         trace.lanes, request.stride, p, Capacity(budget, host, ssd), use=use,
         page_size=trace.page_size, seed=seed, **extra, **regime,

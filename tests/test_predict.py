@@ -135,7 +135,7 @@ def test_the_simpler_models_by_hand():
     assert calibrated_max(c, machine) == pytest.approx(max(LAYERS * (COMPUTE + 4e-6) + 1e-6, fetched / 2e9))
     shape = c.shape
     assert roofline(c, Peaks(1e9, 1e18, 1e9, 1e9, "")) == pytest.approx(
-        max(shape.weight_bytes + LAYERS * c.kv_bytes, fetched) / 1e9
+        max(shape.read_bytes + LAYERS * c.kv_bytes, fetched) / 1e9
     )
     flop = 2 * (LAYERS * sum(shape.gemms) + 64 * 100) + 4 * LAYERS * 4 * 16 * CONTEXT
     assert roofline(c, Peaks(1e18, 1e9, 1e18, 1e18, "")) == pytest.approx(flop / 1e9)

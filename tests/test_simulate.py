@@ -304,9 +304,26 @@ def test_a_request_never_holds_more_than_it_reserved(trace, policy, regime):
     if regime and policy.startswith("lazy"):
         regime = {**regime, "page_size": 1}
     setting = prepare(trace, run_config({"policy": policy, "budget": "40%", **regime}))
-    reserved = [Replay(setting, request).reserves()["gpu"] for request in setting.trace.requests()]
-    held = run(trace, policy=policy, budget="40%", **regime).requests["peak_bytes"]
-    assert (held <= np.array(reserved) * (1 + 1e-12)).all()
+    replays = [Replay(setting, request) for request in setting.trace.requests()]
+    steps = run(trace, policy=policy, budget="40%", **regime).steps
+    for replay in replays:
+        mine = steps[steps["request"] == replay.request.id]
+        before = replay.reserves()["gpu"]
+        _, first = next(iter(replay))
+        after = replay.reserves(float(first.resident.mean()))["gpu"]
+        assert after <= before and mine["held_bytes"].max() <= before * (1 + 1e-12)
+        assert mine[mine["step"] > 0]["held_bytes"].max() <= after * (1 + 1e-12)
+
+
+def test_a_small_budget_lets_more_requests_run(trace):
+    """Prompts of 24 pages are read one at a time; what is left of each is 11, and a step may add a page to either."""
+    page = 2 * 2 * 64
+    settings = {"policy": "lru", "budget": "11", "concurrency": 3}
+    weights = prepare(trace, run_config(settings)).shape.weight_bytes
+    for pages, together in ((12 + 12 + 25, 3), (12 + 12 + 24, 2), (12 + 25, 2), (12 + 24, 1)):
+        r = run(trace, **settings, constants={"gpu.memory": f"{weights + pages * page}B"})
+        assert r.summary["running_peak"] == together and not r.manifest["warnings"]
+    assert run(trace, **settings).summary["peak_bytes"] == (11 + 11 + 24) * page  # the third prompt beside two caches
 
 
 def test_a_policy_may_ask_what_the_trace_knows_of_each_page(tmp_path):

@@ -22,7 +22,7 @@ from kvsim.errors import ConfigError, KvsimError, PolicyError, nearest
         (units.parse_bytes, 4096, 4096),
         (units.parse_bandwidth, "25GB/s", 25e9),
         (units.parse_bandwidth, "1GiB/s", 2**30),
-        (units.parse_bandwidth, "7", 7),
+        (units.parse_bandwidth, 7, 7),
         (units.parse_seconds, "10us", 1e-5),
         (units.parse_seconds, "10µs", 1e-5),
         (units.parse_seconds, "2min", 120),

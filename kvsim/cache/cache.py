@@ -331,7 +331,12 @@ class Cache(Lanes):
 
     def _split(self) -> None:
         if self.splits:
-            wanted = self.broadcast(self.call("split", self.view), "budgets", np.int64, slots=1)
+            in_force, self.view.budget = self.view.budget, self.run_budget
+            wanted = self.broadcast(self.call("split", self.view), "budgets", np.float64, slots=1)
+            self.view.budget = in_force
+            if not (wanted >= 0).all():
+                wrong = f"returned a budget of {wanted[~(wanted >= 0)][0]:g} pages at step {self.view.now}"
+                raise hooks.broken(self.policy, wrong, "split", "every lane's budget is a number of pages, 0 or more")
             self.budget[:] = np.clip(wanted[:, 0], 1, self.total)
             self.widest = int(self.budget.max())
             self._protected = None

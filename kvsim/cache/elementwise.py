@@ -49,6 +49,13 @@ def _power_of_two(n):
     return np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+@njit(inline="always")
+def single_of(x):
+    """A score as float32: `kvsim.cache.view.single` of one number."""
+    rounded = np.float32(x)
+    return np.float32(np.nan) if np.isinf(rounded) and not np.isinf(x) else rounded
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def _exp_of_all(x, out):
     for i in range(x.shape[0]):

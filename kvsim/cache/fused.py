@@ -55,7 +55,7 @@ _TOUCH = ", ".join(f"its_{n}" for n in list(inspect.signature(kernels.touch_lane
 _HEAD = '''"""Written by kvsim.cache.fused from {policy}."""
 import numpy as np
 from numba import njit
-from kvsim.cache.elementwise import exp_of
+from kvsim.cache.elementwise import exp_of, single_of
 from kvsim.cache.kernels import lowest, release_lane, spare, take_line, touch_lane
 _JIT = {{"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}}
 '''
@@ -236,7 +236,10 @@ class _Translator:
             case ast.Return(None) if self.hook == "observe":
                 return True
             case ast.Return(ast.expr() as value) if self.hook == "score":
-                self.lines.append(f"score[s] = {_cast(self.value(value), np.dtype(np.float32))}")
+                term = self.value(value)
+                double = term.kind in (float, np.float64)  # which may be more than float32 holds
+                single = f"single_of({term.code})" if double else _cast(term, np.dtype(np.float32))
+                self.lines.append(f"score[s] = {single}")
                 return True
             case ast.If():
                 return self._block(node.body if self._static(node.test) else node.orelse)

@@ -16,6 +16,7 @@ from numba import njit
 _JIT: Any = {"cache": True, "nogil": True, "boundscheck": False}
 TOGETHER = 8  # lanes that `_tally` adds up
 _LAST = 2**31 - 1  # above every key and every ordered score
+_TINY = np.finfo(np.float32).tiny  # visible mass below this is none: what it is divided by would be infinite
 
 
 @njit(inline="always")
@@ -112,7 +113,8 @@ def touch_lane(
     for m in range(t * group, (t + 1) * group):
         total[m], used[m] = _read(row[m], peak[m], keys, need[m], need_key[m], page_size, strands)
         hit[m], found[m] = _look_up(row[m], page, need[m], need_key[m], strands, weight)
-        factor = np.float32(1.0) / hit[m] if renormalise and hit[m] > 0 else np.float32(1.0)
+        if renormalise:
+            factor = np.float32(1.0) / hit[m] if hit[m] >= _TINY else np.float32(0.0)
         if page_size > 1:
             found[m] = _look_up(peak[m], page, need[m], need_key[m], strands, top)[1]
         if places is not None:

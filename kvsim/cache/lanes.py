@@ -17,7 +17,7 @@ import numpy as np
 from kvsim import threads
 from kvsim.cache import fused, hooks, kernels, sized
 from kvsim.cache.table import GPU, Table
-from kvsim.cache.view import Facts, View, locked, protected
+from kvsim.cache.view import Facts, View, locked, protected, single
 from kvsim.trace.access import Access
 
 
@@ -50,6 +50,7 @@ class Lanes:
         self.table = Table(self.lanes, 0, {})
         self.view = View(self.table, self.shape, page_size, seed, rates, facts)
         self.view.budget = locked(self.budget.reshape(*self.shape, 1))  # follows every change of ours
+        self.run_budget = locked(self.view.budget.copy())  # what `split` shares out
         self.view.sizes = self.sizes
 
     # -- the table's size --------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ class Lanes:
     # -- choosing victims --------------------------------------------------------------------------------------
 
     def score(self) -> np.ndarray:
-        return self.broadcast(self.call("score", self.view), "scores", np.float32)
+        return self.broadcast(single(self.call("score", self.view)), "scores", np.float32)
 
     def protected(self) -> tuple[np.ndarray, np.ndarray]:
         """Pages per lane at the head and at the tail that leave last, and that a read set holds."""
@@ -151,8 +152,9 @@ class Lanes:
         """Raises PolicyError where a lane's count of victims says that a score is NaN."""
         if counts.min() < 0:
             lane = tuple(int(i) for i in np.unravel_index(counts.argmin(), self.shape))
-            wrong = f"returned NaN at step {a.step}, lane {lane}"
-            raise hooks.broken(self.policy, wrong, "score", "every resident page needs a number")
+            wrong = f"returned NaN, or more than float32 holds, at step {a.step}, lane {lane}"
+            hint = "every resident page needs a number, and scores are float32: up to 3.4e38"
+            raise hooks.broken(self.policy, wrong, "score", hint)
 
     # -- between lanes, layers and row lanes --------------------------------------------------------------------
 

@@ -177,7 +177,20 @@ def protected(policy: Any, budget: np.ndarray, page_size: int) -> tuple[np.ndarr
 def keep(view: View, score: Any, *, sink: int = 0, recent: int = 0) -> np.ndarray:
     """`score` with +inf for the first `sink` and the newest `recent` tokens' pages, which then leave last."""
     guarded = (view.key < pages(sink, view.page_size)) | (view.key > view.newest - pages(recent, view.page_size))
-    return np.where(guarded, np.float32(np.inf), np.asarray(score, np.float32))
+    return np.where(guarded, np.float32(np.inf), single(score))
+
+
+def single(score: Any) -> np.ndarray:
+    """Scores as the engine compares them, float32. One that is finite and beyond float32 becomes NaN, which is refused;
+    what is no number stays as it is."""
+    given = np.asarray(score)
+    if given.dtype.kind not in "biuf":
+        return given
+    with np.errstate(over="ignore"):
+        rounded = given.astype(np.float32, copy=False)
+    if rounded is given or not np.isinf(rounded).any():
+        return rounded
+    return np.where(np.isinf(rounded) & np.isfinite(given), np.float32(np.nan), rounded)
 
 
 class EvictionPolicy(Protocol):

@@ -29,6 +29,7 @@ TraceArg = Annotated[
     str, typer.Argument(metavar="TRACE", help='A .kvtrace folder, or "demo" for the one that comes with kvsim.')
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -43,8 +44,7 @@ def main() -> None:
         code = 2
         _fail(error)
     except KeyboardInterrupt:
-        code = 130
-        typer.echo("interrupted; nothing is left half-written", err=True)
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -54,8 +54,8 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             code = 2
-        elif type(error).__name__ == "Abort":
-            code = 130
+        elif type(error).__name__ == "Abort":  # what typer makes of an interrupt
+            code = INTERRUPTED
         elif isinstance(error, MemoryError) and not debug:
             code = 2
             what = f"there is not enough memory: {str(error) or type(error).__name__}"
@@ -66,6 +66,8 @@ def main() -> None:
             _fail(ConfigError(what, hint="set NUMBA_CACHE_DIR to a folder that is"))
         else:
             raise
+    if code == INTERRUPTED:  # typer makes this code of most interrupts
+        typer.echo("interrupted; nothing is left half-written", err=True)
     sys.exit(code or 0)
 
 

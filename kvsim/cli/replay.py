@@ -97,6 +97,7 @@ def run(
     Example: kvsim run demo --policy h2o --budget 20% --hardware a100-pcie4
     """
     from kvsim.config import parse_settings, read_toml, run_config
+    from kvsim.machine import Hardware
 
     flags = {
         "policy": policy, "budget": budget, "regime": regime, "offload": offload, "demand": demand, "use": use,
@@ -113,6 +114,7 @@ def run(
     values |= parse_settings(settings or [])
     values |= {k: v for k, v in flags.items() if v is not None}
     chosen = run_config(values, where=str(config) if config else None)
+    Hardware.require_units(chosen.constants)
     if dry_run:
         import tomli_w
 

@@ -47,6 +47,7 @@ class ModelShape:
     value_bytes: float = 2.0
     kv_bytes: float = 2.0
     gated: bool = True  # an MLP with a gate has three matrices, one without has two
+    tied: bool = False  # one matrix is both the embedding and the head
 
     @property
     def gemms(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
@@ -63,9 +64,14 @@ class ModelShape:
         return sum(self.gemms) * self.value_bytes
 
     @property
-    def weight_bytes(self) -> float:
-        """Weight bytes of all layers and the head."""
+    def read_bytes(self) -> float:
+        """Weight bytes that a step reads: all layers and the head."""
         return self.layers * self.layer_bytes + self.hidden * self.vocab * self.value_bytes
+
+    @property
+    def weight_bytes(self) -> float:
+        """Weight bytes in memory: also the embedding, of which a step reads a line per token."""
+        return self.read_bytes + (0.0 if self.tied else self.hidden * self.vocab * self.value_bytes)
 
     @property
     def kv_token_bytes(self) -> float:
@@ -83,7 +89,7 @@ class ModelShape:
 SHAPES = {
     s.name: s
     for s in (
-        ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256),
+        ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, tied=True),
         ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
         ModelShape("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, 152064),
     )
@@ -288,6 +294,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         value_bytes=_BYTES[dtype],
         kv_bytes=_BYTES[dtype],
         gated=bool(c.get("gated_mlp", kind in _GATED)),
+        tied=bool(c.get("tie_word_embeddings", False)),
     )
 
 

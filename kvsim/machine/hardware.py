@@ -25,8 +25,8 @@ FOLDER = Path(__file__).parent.parent / "hardware"
 COPIES = ("pinned", "pageable", "staged")
 
 
-def _of(kind: str) -> Any:
-    return field(metadata={"kind": kind})
+def _of(kind: str, least: float = 0) -> Any:
+    return field(metadata={"kind": kind, "least": least})
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Gpu:
     """Sustained rates and fixed times of the GPU. Rates are what kernels reach, not the datasheet's peak."""
 
     memory: float = _of("bytes")
-    sms: float = _of("count")  # multiprocessors, which take blocks of work in rounds
+    sms: float = _of("count", 1)  # multiprocessors, which take blocks of work in rounds
     weight_bandwidth: float = _of("bandwidth")  # weights streamed by a GEMM of few rows
     kv_bandwidth: float = _of("bandwidth")  # keys and values streamed by decode attention
     kv_ramp: float = _of("seconds")  # what that stream loses, at most, until it has its rate
@@ -62,7 +62,7 @@ class Gpu:
     layer_gap: float = _of("seconds")  # between the kernels of two layers that are launched apart
     step_sync: float = _of("seconds")  # sampling and handing the token to the host
     copy_slowdown: float = _of("excess")  # compute takes (1 + this) times as long while a copy runs
-    staging_layers: float = _of("count")  # layers whose fetched pages the GPU holds at once: the prefetch depth
+    staging_layers: float = _of("count", 1)  # layers whose fetched pages the GPU holds at once: the prefetch depth
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Host:
 
     capacity: float = _of("bytes")
     bandwidth: float = _of("bandwidth")
-    copy_threads: float = _of("count")
+    copy_threads: float = _of("count", 1)
     thread_bandwidth: float = _of("bandwidth")
     copies: str = _of("choice")  # "pinned"; "pageable"; "staged": threads gather the pages, then one pinned copy
     merge: bool = _of("flag")  # do adjacent pages of a layer lie next to each other, so that one copy moves a run?
@@ -104,16 +104,17 @@ class Ssd:
     capacity: float = _of("bytes")
     read_bandwidth: float = _of("bandwidth")
     write_bandwidth: float = _of("bandwidth")
-    read_iops: float = _of("count")
-    write_iops: float = _of("count")
+    read_iops: float = _of("count", 1)
+    write_iops: float = _of("count", 1)
     read_latency: float = _of("seconds")
     write_latency: float = _of("seconds")
-    queue_depth: float = _of("count")
+    queue_depth: float = _of("count", 1)
     mixed: float = _of("share")  # speed left to reads while writes run, and the reverse
 
 
 TABLES: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link.h2d": Link, "link.d2h": Link, "host": Host, "ssd": Ssd}
 KINDS = {f"{table}.{f.name}": f.metadata["kind"] for table, kind in TABLES.items() for f in fields(kind)}
+_LEAST = {f"{table}.{f.name}": f.metadata["least"] for table, kind in TABLES.items() for f in fields(kind)}
 
 
 # What the operators that are fitted count, and thus what has a measured range.
@@ -201,7 +202,10 @@ class Hardware:
     def _value(self, key: str, part: str = "value") -> float | str | bool:
         value = getattr(self.constants[key], part)
         try:
-            return _READ[KINDS[key]](value)
+            read = _READ[KINDS[key]](value)
+            if _LEAST[key] and read < _LEAST[key]:
+                raise ConfigError(f"{value!r} will not do", hint=f"write a whole number, {_LEAST[key]} or more")
+            return read
         except ConfigError as bad:
             what = f"{key}: {bad.what}" if part == "value" else f'{key}: "{part}": {bad.what}'
             raise ConfigError(what, where=self.where, hint=bad.hint) from None
@@ -269,6 +273,14 @@ class Hardware:
             plain = isinstance(value, (int, float)) and not isinstance(value, bool) and KINDS[key] in _UNITS
             changed[key] = Constant(f"{value!r}{_UNITS[KINDS[key]]}" if plain else value, "assumed", "override")
         return replace(self, constants=changed)
+
+    @staticmethod
+    def require_units(overrides: Mapping[str, Any], where: str | None = None) -> None:
+        """Raise ConfigError for a number without its unit, where people write overrides; 0 needs none."""
+        for key, value in overrides.items():
+            if _is_number(value) and value and (unit := _UNITS.get(KINDS.get(key, ""))):
+                what = f"hardware.{key}: {value!r} has no unit"
+                raise ConfigError(what, where=where, hint=f"write it with one, such as {_RIGHT[unit]}")
 
     def with_constants(self, constants: Mapping[str, Constant]) -> Hardware:
         """The same machine with constants replaced, evidence included: what calibration and fits produce."""
@@ -443,11 +455,12 @@ def _member(choices: tuple, right: str) -> Callable[[Any], Any]:
     return read
 
 
+_RIGHT = {"B": '"80GB"', "B/s": '"25GB/s"', "s": '"10us"', "FLOP/s": '"312TFLOP/s"'}
 _READ: dict[str, Callable[[Any], Any]] = {
-    "bytes": _with_unit(parse_bytes, 1, '"80GB"'),
-    "bandwidth": _with_unit(parse_bandwidth, 1, '"25GB/s"'),
-    "seconds": _with_unit(parse_seconds, 0, '"10us"'),
-    "flops": _with_unit(parse_flops, 1, '"312TFLOP/s"'),
+    "bytes": _with_unit(parse_bytes, 1, _RIGHT["B"]),
+    "bandwidth": _with_unit(parse_bandwidth, 1, _RIGHT["B/s"]),
+    "seconds": _with_unit(parse_seconds, 0, _RIGHT["s"]),
+    "flops": _with_unit(parse_flops, 1, _RIGHT["FLOP/s"]),
     "count": _number(lambda v: v >= 0 and v == int(v), "a whole number"),
     "share": _number(lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     "excess": _number(lambda v: v >= 0, "a number of 0 or more"),

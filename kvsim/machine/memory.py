@@ -10,7 +10,7 @@ TIERS = ("gpu", "host", "ssd")
 
 
 class Memory:
-    """What requests hold at most, reserved before they start. `sizes`: bytes by tier ("gpu" without the weights).
+    """What requests hold at most, reserved before it is needed. `sizes`: bytes by tier ("gpu" without the weights).
 
     A request that could never fit gets all there is, so that it runs alone: what is wrong with that is for the caller
     to say.
@@ -28,10 +28,14 @@ class Memory:
         for tier, asked in self._possible(need).items():
             yield self.free[tier].get(asked)
 
-    def release(self, need: Mapping[str, float]) -> Generator[simpy.Event, None, None]:
-        """Give back what `reserve` took for the same `need`."""
+    def release(
+        self, need: Mapping[str, float], keep: Mapping[str, float] | None = None
+    ) -> Generator[simpy.Event, None, None]:
+        """Give back what `reserve` took for the same `need`, but for what it would take for `keep`."""
+        kept = self._possible(keep or {})
         for tier, asked in self._possible(need).items():
-            yield self.free[tier].put(asked)
+            if (back := asked - kept.get(tier, 0.0)) > 0:
+                yield self.free[tier].put(back)
 
     def _possible(self, need: Mapping[str, float]) -> dict[str, float]:
         return {tier: min(asked, self.free[tier].capacity) for tier, asked in need.items() if asked > 0}

@@ -129,7 +129,7 @@ class _Step:
         self.fetches = [a + b > 0 for a, b in zip(self.host, self.ssd, strict=True)]
         self.known_at_start = self.lumped or work.known == "start"
         self.priority = PREFETCH if self.known_at_start else DEMAND
-        self.depth = 1 if self.lumped else max(1, int(hardware.gpu.staging_layers))
+        self.depth = 1 if self.lumped else int(hardware.gpu.staging_layers)
         self.head = head_seconds(hardware.gpu, machine.shape, work.sequences)
         self.listed: list[float] = [0.0] * self.layers  # when the copies of a layer are submitted
         self.launched: list[float] = [0.0] * self.layers  # when its kernels are

@@ -145,7 +145,7 @@ class Stream:
         rows["awaits"] = awaits
         state["lumped"], state["layers"] = lumped, len(rows)
         state["known_at_start"] = lumped or work.known == "start"
-        state["depth"] = 1 if lumped else max(1, int(self.hardware.gpu.staging_layers))
+        state["depth"] = 1 if lumped else int(self.hardware.gpu.staging_layers)
 
     def _moving(self) -> bool:
         """Do transfers of iterations before go on?"""

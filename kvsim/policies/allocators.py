@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.cache.view import protected, window
+from kvsim.cache.view import protected, single, window
 from kvsim.errors import ConfigError, PolicyError
 from kvsim.policies.parameters import flag, number, refuse
 from kvsim.policies.wrappers import Wrapper, place
@@ -190,7 +190,7 @@ class DuoAttention(Wrapper):
             self._retrieves = self._named(view) if self._listed else self._found(view)
 
     def score(self, view):
-        return np.where(self._retrieves, np.asarray(self.policy.score(view), np.float32), view.key)
+        return np.where(self._retrieves, single(self.policy.score(view)), view.key)
 
     def split(self, view):
         given = self.given(view)

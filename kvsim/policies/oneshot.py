@@ -37,6 +37,18 @@ class OneShot:
         raise NotImplementedError
 
 
+class _Splits:
+    """Budgets that `shares(view)` finds at the end of prefill, and that stay."""
+
+    def split(self, view):
+        if view.now == 0:
+            self._shares = self.shares(view)
+        return self._shares
+
+    def shares(self, view) -> np.ndarray:
+        raise NotImplementedError
+
+
 class _Windowed(OneShot):
     """With a window: the newest tokens of the prompt, which stay."""
 
@@ -78,7 +90,7 @@ class SnapKV(_Windowed):
 
 
 @policy("pyramidkv")
-class PyramidKV(SnapKV):
+class PyramidKV(_Splits, SnapKV):
     """SnapKV's votes under a budget that falls from layer to layer. arXiv 2406.02069; pyramidkv_utils.py.
 
     With c the run's budget and W the window, layer l of L keeps max - l * step pages beside its window, where min =
@@ -95,9 +107,7 @@ class PyramidKV(SnapKV):
         super().__post_init__()
         whole(self, "beta", least=1)
 
-    def split(self, view):
-        if view.now:
-            return view.budget
+    def shares(self, view):
         window, layers = pages(self.window, view.page_size), view.shape[0]
         free = view.budget - window
         most = np.minimum(2 * free - free // self.beta, view.keys - window)
@@ -108,7 +118,7 @@ class PyramidKV(SnapKV):
 
 
 @policy("pyramidinfer")
-class PyramidInfer(OneShot):
+class PyramidInfer(_Splits, OneShot):
     """Each layer passes on fewer tokens than it got. arXiv 2405.12532; modeling_llama_pyramidinfer.py; prefill, approx.
 
     The newest 1 + int(`share` * prompt) tokens stay and vote: their rows, weighted from 1 (oldest) to `weight`, are
@@ -142,21 +152,18 @@ class PyramidInfer(OneShot):
         whole(self, "shortest", "sink")
         flag(self, "scaled")
 
-    def split(self, view):
-        return view.budget if view.now else self._held(view)
-
     def votes(self, view):
         recent = 1 + int(self.share * view.tokens)
         own = _summed(view, recent, self.weight) / min(recent, view.tokens)
         own[..., max(0, view.keys - pages(recent, view.page_size)) :] = np.inf
         own[..., : pages(self.sink, view.page_size)] = np.inf
-        votes, held = own[np.maximum(np.arange(len(own)) - 1, 0)], self._held(view)
+        votes, held = own[np.maximum(np.arange(len(own)) - 1, 0)], self.shares(view)
         for layer in range(1, len(votes)):
             passed = _largest(votes[layer - 1], held[layer - 1])
             votes[layer] = np.where(passed, votes[layer], -1)
         return votes
 
-    def _held(self, view) -> np.ndarray:
+    def shares(self, view) -> np.ndarray:
         """int64 [layers, 1, 1]: pages that each layer keeps."""
         layers, held = view.shape[0], []
         recent = min(view.keys, pages(1 + int(self.share * view.tokens), view.page_size))
@@ -259,7 +266,7 @@ class Nacl(OneShot):
 
 
 @policy("simlayerkv")
-class SimLayerKV(OneShot):
+class SimLayerKV(_Splits, OneShot):
     """Lazy layers keep a window, the others everything. arXiv 2410.13846; kvpress, simlayerkv_press.py.
 
     A layer is lazy when its last `last` rows, averaged over all heads, give more than `threshold` to the first `sink`
@@ -282,9 +289,7 @@ class SimLayerKV(OneShot):
     def votes(self, view):
         return np.arange(view.keys)
 
-    def split(self, view):
-        if view.now:
-            return view.budget
+    def shares(self, view):
         row = _summed(view, self.last) / min(self.last, view.tokens)
         sink, last = pages(self.sink, view.page_size), pages(self.last, view.page_size)
         key, before = np.arange(view.keys), view.keys - last

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvsim import registry
-from kvsim.cache.view import pages, protected
+from kvsim.cache.view import pages, protected, single
 from kvsim.errors import ConfigError, PolicyError
 from kvsim.policies.parameters import ROWS, choice, flag, places, refuse, whole
 from kvsim.registry import PROTECTION, policy
@@ -92,7 +92,7 @@ class Wrapper:
 
     def inside(self, view, budget: np.ndarray) -> np.ndarray:
         """The inner policy's scores under `budget`, float32 [layers, kv_heads, slots]; +inf for protected pages."""
-        score = np.asarray(self.policy.score(Through(view, budget=budget)), np.float32)
+        score = single(self.policy.score(Through(view, budget=budget)))
         head, tail = protected(self, budget, view.page_size)
         return np.where((view.key < head) | (view.key >= view.keys - tail), np.float32(np.inf), score)
 
@@ -137,7 +137,7 @@ class Whitelist(Wrapper):
         listed = np.isin(view.key, np.asarray(self.positions, np.int64) // view.page_size)
         if len(self.spans):
             listed |= np.isin(view.fact("span"), self.spans)
-        return np.where(listed, np.float32(np.inf), np.asarray(self.policy.score(view), np.float32))
+        return np.where(listed, np.float32(np.inf), single(self.policy.score(view)))
 
 
 @policy("fair")
@@ -194,7 +194,7 @@ class Fair(Wrapper):
             view["local"][:] = view.gather(np.concatenate(votes, -1))
 
     def score(self, view):
-        score = view["local"] if self._shown else np.asarray(self.policy.score(view), np.float32)
+        score = view["local"] if self._shown else single(self.policy.score(view))
         head, tail = protected(self, view.budget, view.page_size)
         score = np.where((view.key < head) | (view.key >= view.keys - tail), np.float32(np.inf), score)
         span = np.searchsorted(self._edges[1:], view.key, side="right")

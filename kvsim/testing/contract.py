@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import sys
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,16 @@ from kvsim.cache.fused import fuse
 from kvsim.cache.future import Future
 from kvsim.cache.table import COLUMNS, Table
 from kvsim.cache.tiers import Capacity
+from kvsim.cache.view import single
 from kvsim.errors import KvsimError, PolicyError
 from kvsim.testing.nested import compare_sizes
 from kvsim.testing.traces import tiny_trace
-from kvsim.trace.access import VECTORS, Access
+from kvsim.trace.access import VECTORS, Access, Trace
+
+LAG, LONGEST = 64, 512  # steps between decisions, and protected tokens, up to which hooks are run as they are
+_HOOKS = ("observe", "select", "split", "score")
+_STATE = (dict, list, set, bytearray, np.ndarray, np.random.Generator, int, float)
+_NOISE = 2.0**-44  # of a float64 score: what differs by less differs by how it was added up
 
 
 def check_policy(spec: str) -> list[str]:
@@ -25,7 +34,8 @@ def check_policy(spec: str) -> list[str]:
 
     `spec` is a spec string. Small traces are replayed in every regime the policy declares: once as they are, once
     again, once with pages moved to other slots, once with a table that grows, and once compiled where its text can be.
-    A policy that needs what they do not have is checked for form only.
+    They have all that a trace can have, and made-up facts; who needs another one, or protects more than they are long,
+    is told that its hooks were not run. A lag beyond `LAG` is cut to that, so that something is decided.
     """
     try:
         kind, cls = _find(registry.parse_spec(spec).name)
@@ -33,8 +43,7 @@ def check_policy(spec: str) -> list[str]:
     except KvsimError as error:
         return [str(error)]
     problems = _form(instance, kind, cls)
-    trace = tiny_trace()
-    if problems or (kind == "policy" and instance.needs - trace.provides):
+    if problems:
         return problems
     for regime in ("lossy", "offload") if kind == "policy" else ("offload",):
         if kind == "offload" or regime in instance.regimes:
@@ -64,29 +73,46 @@ def _form(instance: Any, kind: str, cls: type) -> list[str]:
     if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):  # what dataclass writes when there is none
         problems.append("the class has no docstring: say what it keeps, and where that comes from")
     if kind == "policy":
-        for name, good in (("granularity", ("head", "layer", "token")), ("rows", ("visible", "full"))):
-            if getattr(instance, name) not in good:
-                problems.append(f"{name} is {getattr(instance, name)!r}, expected one of {', '.join(good)}")
-        for name in ("batch", "lag"):
-            if not isinstance(getattr(instance, name), int) or getattr(instance, name) < 1:
-                problems.append(f"{name} is {getattr(instance, name)!r}, expected a whole number from 1")
+        unrun = f"{', '.join(h for h in _HOOKS if callable(getattr(instance, h, None)))}: not run"
+        known = _trace(8, 8).provides
         problems += [
-            f'column "{n}" is not of a NumPy type but {d!r}' for n, d in instance.columns.items() if not _is_dtype(d)
+            f'needs "{name}", which is no data of a trace and no fact of those made up here '
+            f"({', '.join(sorted(known))}); {unrun}"
+            for name in sorted(instance.needs - known)
         ]
+        if (held := _held(instance)) > LONGEST:
+            problems.append(f"sink and recent protect {held} tokens, here are {LONGEST} at most; {unrun}")
     return problems
 
 
-def _is_dtype(value: Any) -> bool:
-    try:
-        return value is not None and np.dtype(value).base.kind in "biuf"
-    except TypeError:
-        return False
+def _held(policy: Any) -> int:
+    """Tokens that it protects, not counting shares of the budget."""
+    return sum(n for n in (policy.sink, policy.recent) if isinstance(n, int))
+
+
+def _trace(prompt: int, steps: int) -> Trace:
+    """A small trace with facts of every kind that a built-in policy asks for."""
+    trace = tiny_trace(prompt=prompt, steps=steps)
+    n = prompt + steps
+    trace.sources[0].facts |= {  # type: ignore[operator]
+        "tokens": np.arange(n, dtype=np.int32) % 7,
+        "span": np.minimum(np.arange(n) // max(1, prompt // 2), 2).astype(np.int32),
+        "kind": np.arange(n) % 4,
+        "chunk": np.arange(n) // 4,
+        "gate": (np.arange(n) * 5 % 11 / 10).astype(np.float32),
+        "need": [np.array([i % prompt]) for i in range(steps)],
+    }
+    return trace
 
 
 def _behaviour(spec: str, kind: str, regime: str) -> list[str]:
     problems: list[str] = []
+    cls = type(registry.build(spec, kind))
     try:
+        before = _globals(cls)
         first = _replay(_Watched, spec, kind, regime, problems)
+        if changed := [n for n, x in _globals(cls).items() if before.get(n) != x]:
+            problems.append(f"{', '.join(changed)} changed in a run, which the next one sees: keep state in `columns`")
         if problems:
             return problems
         variants: list[tuple[type[Cache], str]] = [
@@ -112,6 +138,17 @@ def _behaviour(spec: str, kind: str, regime: str) -> list[str]:
     return problems
 
 
+def _globals(cls: type) -> dict[str, bytes]:
+    """What may be state in the class and in the file that it is in, to compare."""
+    names = vars(sys.modules[cls.__module__]) | {f"{cls.__name__}.{n}": x for n, x in vars(cls).items()}
+    found = {}
+    for name, value in names.items():
+        if isinstance(value, _STATE) and "__" not in name:
+            with suppress(Exception):  # what cannot be pickled, a table of functions, say
+                found[name] = pickle.dumps(value)
+    return found
+
+
 def _nested(spec: str, regimes: tuple[str, ...]) -> list[str]:
     """Is it true that its scores are the same at every budget?"""
 
@@ -130,13 +167,16 @@ def _replay(cache: type, spec: str, kind: str, regime: str, problems: list[str])
     """Which keys have a copy in which tier after every step."""
     policy = registry.build(spec if kind == "policy" else "lru")
     offload = None if regime == "lossy" else registry.build("spill" if kind == "policy" else spec, "offload")
-    budget = 8 + sum(n for n in (policy.sink, policy.recent) if isinstance(n, int))
-    trace = tiny_trace(prompt=12, steps=max(24, budget + 2 * policy.lag))
+    budget, policy.lag = 8 + _held(policy), min(policy.lag, LAG)
+    trace = _trace(12, max(24, budget + 2 * policy.lag))
     request, use, found = trace.requests()[0], Use(), []
     if hasattr(policy, "foresee"):
         policy.foresee(Future(request, use))
     demand = None if callable(getattr(policy, "select", None)) else use
-    c = cache(trace.lanes, request.stride, policy, Capacity(budget, ssd=None), offload=offload, use=use, demand=demand)
+    c = cache(
+        trace.lanes, request.stride, policy, Capacity(budget, ssd=None), offload=offload, use=use, demand=demand,
+        facts=request.facts,
+    )  # fmt: skip
     c.problems = problems
     for a in request.accesses(vectors=bool(policy.needs & VECTORS)):
         c.access(a)
@@ -184,8 +224,8 @@ class _Watched(Cache):
             array = np.broadcast_to(array, self.view.key.shape)
         except ValueError:
             return  # the engine says so
-        if method == "score" and array.dtype.kind == "f" and np.isnan(array[self.view.resident]).any():
-            self._note("score returned NaN for a resident page")
+        if method == "score" and array.dtype.kind in "biuf":
+            self._inspect_scores(array)
         if method == "select" and value is not None:
             if array.dtype != bool:
                 self._note(f"select returned {array.dtype}, expected a bool mask (or None for every page)")
@@ -193,6 +233,27 @@ class _Watched(Cache):
                 self._note("select chose no page in some lane: attention must read something")
         if method == "place" and array.dtype.kind in "bf":
             self._note(f"place returned {array.dtype}, expected whole numbers: 1 host, 2 SSD, -1 none")
+
+    def _inspect_scores(self, score: np.ndarray) -> None:
+        """Are they numbers, and after rounding to float32 as different as before?"""
+        here = self.view.resident
+        if np.isnan(score[here]).any():
+            self._note("score returned NaN for a resident page")
+        if score.dtype.kind in "bf" and score.dtype.itemsize <= 4:
+            return
+        rounded = single(score)
+        if (lost := here & np.isnan(rounded) & ~np.isnan(score)).any():
+            self._note(f"score returned {score[lost][0]:g}: scores are float32, which holds up to 3.4e38")
+        exact = score.dtype.kind in "iu"
+        for lane in np.ndindex(here.shape[:2]):
+            given = np.sort(score[lane][here[lane]])
+            one, two = given[:-1], given[1:]
+            with np.errstate(all="ignore"):  # of infinite ones
+                apart = (one != two) if exact else two - one > _NOISE * np.maximum(abs(one), abs(two))
+            if (alike := apart & (single(one) == single(two))).any():
+                pair = f"{one[alike][0]!r} and {two[alike][0]!r}"
+                self._note(f"score returned {pair}: scores are float32, in which they are the same")
+                return
 
     def _note(self, text: str) -> None:
         if text not in self.problems:

@@ -53,6 +53,7 @@ class ReferenceCache:
         v.private = {name: np.zeros(shape, dtype) for name, dtype in policy.columns.items()}
         v.shape, v.page_size, v.seed, v.rng = self.shape, page_size, seed, np.random.default_rng(seed)
         v.budget = np.full((*self.shape, 1), min(capacity.gpu, stride) if policy.bounded else stride)
+        self.run_budget = v.budget
 
     def access(self, a: Access) -> SimpleNamespace:
         """One step: `missing` (bool by key), `spilled` by tier, `dropped`, and the mass `hit` by row lane."""
@@ -133,7 +134,7 @@ class ReferenceCache:
             least, newer = least / f(self.group), keys >= self.limits[1][lane].max()
             if renormalise:
                 total = row.sum(1, keepdims=True, dtype=f)
-                scale = np.divide(f(1), total, out=np.ones_like(total), where=total > 0)
+                scale = np.divide(f(1), total, out=np.zeros_like(total), where=total >= np.finfo(f).tiny)
                 row, peak = row * scale, peak * scale
                 tokens = max(1, len(keys) * self.page_size - (a.keys * self.page_size - a.tokens))
                 least = f(self.predicate.value) if self.predicate.absolute else f(self.predicate.value) / f(tokens)
@@ -150,6 +151,7 @@ class ReferenceCache:
         clock = a.tokens if p.clock == "token" else a.step
         due = self.offload is not None or (p.cut_prompt if a.prefill else not p.once and clock % p.lag == 0)
         if due and hasattr(p, "split"):
+            v.budget = self.run_budget
             v.budget = np.clip(np.broadcast_to(p.split(v), v.budget.shape), 1, v.key.shape[-1])
         leaving = np.zeros(v.key.shape, bool)
         score = np.broadcast_to(np.asarray(p.score(v), np.float32), v.key.shape)

@@ -480,9 +480,26 @@ class DenseSource(Source):
 
 
 def dense_trace(sources: Sequence[DenseSource], geometry: Geometry | None = None, name: str = "memory") -> Trace:
-    """A trace of requests held in memory; its fingerprint is the hash of the weights."""
+    """A trace of requests held in memory; its fingerprint covers all they hold but step times."""
     digest = hashlib.sha256()
     for s in sources:
-        digest.update(s._prompt.tobytes() + s._decode.tobytes())
+        facts = {name: x for name, x in s.facts.items() if not name.endswith("step_seconds")}
+        for part in _parts([s.id, s._prompt, s._decode, s._vectors, s._spans, s.inv_freq, facts]):
+            digest.update(part)
     layers, heads = sources[0]._decode.shape[1:3]
     return Trace(list(sources), geometry or Geometry(layers, heads), digest.hexdigest(), name)
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    """The bytes of a value, so that no two values have the same."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype.str} {value.shape}:".encode()
+        yield value.tobytes()
+    elif isinstance(value, Mapping):
+        yield from _parts(sorted(value.items()))
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        yield f"{len(value)}:".encode()
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield f"{value!r};".encode()

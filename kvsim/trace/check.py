@@ -10,8 +10,8 @@ from typing import Any
 
 from kvsim.errors import TraceError
 from kvsim.trace.access import Trace
-from kvsim.trace.files import read_manifest
-from kvsim.trace.layout import file_hash, fingerprint
+from kvsim.trace.files import fingerprint, read_manifest
+from kvsim.trace.layout import file_hash
 from kvsim.trace.reader import FileSource, located, open_trace
 
 _OWN = ("files", "totals", "fingerprint", "format", "version", "encoding", "layers", "kv_heads", "heads", "requests")
@@ -76,7 +76,7 @@ def check(path: str | os.PathLike) -> list[str]:
     if not path.is_dir():
         read_manifest(path)
     problems: list[str] = []
-    _attempt(problems, lambda: problems.extend(_hashes(path)))
+    _attempt(problems, lambda: _hashes(path, problems))
     trace = _attempt(problems, lambda: open_trace(path))
     for source in trace.sources if trace else ():
         for part in (_prompt, _rows, _facts, _extra):
@@ -116,16 +116,15 @@ def _attempt(problems: list[str], action: Callable[[], Any]) -> Any:
         return None
 
 
-def _hashes(path: Path) -> list[str]:
+def _hashes(path: Path, problems: list[str]) -> None:
     manifest = read_manifest(path)
     hashes = {name: file_hash(path / name) for name in manifest["files"]}
-    wrong = [
+    problems += [
         f"{name}: the content is not what was written\nin {path / name}"
         for name, entry in manifest["files"].items()
         if hashes[name] != entry["sha256"]
     ]
     strangers = sorted(p.name for p in path.iterdir() if p.name not in {*hashes, "manifest.json"})
-    wrong += [f"{name}: the manifest does not know this file\nin {path / name}" for name in strangers]
-    if fingerprint(hashes) != manifest["fingerprint"]:
-        wrong.append(f"the fingerprint does not match the files\nin {path}")
-    return wrong
+    problems += [f"{name}: the manifest does not know this file\nin {path / name}" for name in strangers]
+    if fingerprint(path, hashes) != manifest["fingerprint"]:
+        problems.append(f"the fingerprint does not match the files\nin {path}")

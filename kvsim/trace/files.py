@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import pyarrow.parquet as pq
 from kvsim import threads
 from kvsim.errors import TraceError
 from kvsim.trace.access import Geometry
-from kvsim.trace.layout import FORMAT, VERSION
+from kvsim.trace.layout import FORMAT, TIMES, VERSION
 
 MANIFEST = "manifest.json"
+STEPS = "steps.parquet"
 AGAIN = "capture it again, or copy it again from where it came"
 
 
@@ -47,6 +49,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
             what = "the file is missing" if size is None else f"{size} bytes, the manifest says {entry['bytes']}"
             raise TraceError(what, where=str(path / file), hint=AGAIN)
     return manifest
+
+
+def fingerprint(path: Path, hashes: Mapping[str, str]) -> str:
+    """SHA-256 over the names and hashes of a trace's files. What counts of steps.parquet is what its columns hold, but
+    for the step times: a clock is not content. Raises TraceError where it cannot be read.
+    """
+    known = {**hashes, STEPS: _columns_hash(path / STEPS)} if STEPS in hashes else hashes
+    return hashlib.sha256("".join(f"{name} {known[name]}\n" for name in sorted(known)).encode()).hexdigest()
+
+
+def _columns_hash(path: Path) -> str:
+    table, digest = read_table(path, ()), hashlib.sha256()
+    for name in sorted(name for name in table.column_names if not name.endswith(TIMES)):
+        column = table.column(name)
+        digest.update(f"{name} {column.type} {column.to_pylist()!r}\n".encode())
+    return digest.hexdigest()
 
 
 def geometry(manifest: Mapping[str, Any]) -> Geometry:

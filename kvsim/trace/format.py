@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from kvsim.errors import TraceError
 from kvsim.trace import kernels
+from kvsim.trace.files import fingerprint
 from kvsim.trace.layout import (
     FORMAT,
     GROUP_BYTES,
@@ -24,7 +25,6 @@ from kvsim.trace.layout import (
     attention_name,
     attention_schema,
     file_hash,
-    fingerprint,
     planes,
     vectors_name,
     writing,
@@ -324,7 +324,7 @@ class TraceWriter:
                 "requests": len(self._requests),
                 "totals": self._totals,
                 "files": {f.name: {"bytes": f.stat().st_size, "sha256": hashes[f.name]} for f in files},
-                "fingerprint": fingerprint(hashes),
+                "fingerprint": fingerprint(self.partial, hashes),
             }
             text = json.dumps(self.manifest, indent=1, sort_keys=True, ensure_ascii=False)
             (self.partial / "manifest.json").write_text(text + "\n", encoding="utf-8")

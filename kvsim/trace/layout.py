@@ -32,6 +32,7 @@ VERSION = "2.0"  # readers refuse another major number and ignore columns they d
 GROUP_BYTES = 8 << 20  # of one row group, uncompressed; a reader holds one
 VECTOR_TOKENS = 512  # tokens per line of a vectors file
 KEYS = ("request", "step", "layer", "kv_lo", "kv_hi")
+TIMES = "step_us"  # how the names of columns of steps.parquet end that hold times
 
 PARQUET = {
     "compression": "zstd",
@@ -71,12 +72,6 @@ def spans_name(request: int) -> str:
 
 def vectors_name(request: int) -> str:
     return f"vectors-{request}.parquet"
-
-
-def fingerprint(hashes: Mapping[str, str]) -> str:
-    """SHA-256 over the names and content hashes of a trace's files, but for the step times: a clock is not content."""
-    names = sorted(name for name in hashes if name != "steps.parquet")
-    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in names).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

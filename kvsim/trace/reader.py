@@ -21,7 +21,7 @@ from kvsim.errors import TraceError
 from kvsim.trace.access import PromptRows, Source, TokenRow, Trace, Vectors
 from kvsim.trace.files import AGAIN, geometry, group_steps, open_parquet, read_groups, read_manifest, read_table
 from kvsim.trace.group import Group, Lines
-from kvsim.trace.layout import KEYS, attention_name, planes, spans_name, vectors_name
+from kvsim.trace.layout import KEYS, TIMES, attention_name, planes, spans_name, vectors_name
 from kvsim.trace.prompt_rows import Rows
 
 G = TypeVar("G", bound=Lines)
@@ -256,7 +256,7 @@ def _step_fact(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
     if pa.types.is_list(column.type):
         return {name: [np.array(item or (), np.int32) for item in column.to_pylist()]}
     values = column.to_numpy()
-    if name.endswith("step_us"):
+    if name.endswith(TIMES):
         return {name.removesuffix("_us") + "_seconds": values.astype(np.float64) * 1e-6}
     return {name: values}
 

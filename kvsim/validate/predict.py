@@ -188,7 +188,7 @@ def _best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def roofline(case: Case, peak: Peaks) -> float:
     """max(compute at peak, bytes / peak link): what a datasheet promises."""
     shape, work = case.shape, work_of(case)
-    weights, read = shape.weight_bytes, shape.layers * case.kv_bytes
+    weights, read = shape.read_bytes, shape.layers * case.kv_bytes
     pairs = work.queries * case.context * (0.5 if work.prefill else 1.0)
     flop = 2.0 * work.queries * sum(shape.gemms) + 4.0 * shape.heads * shape.head_dim * pairs
     flop = shape.layers * flop + 2.0 * case.sequences * shape.hidden * shape.vocab

@@ -100,7 +100,8 @@ class TwinValidation:
     @property
     def id(self) -> str:
         """A name made of everything that decides the result."""
-        return digest({name: self.facts[name] for name in ("trace", "hardware", "kvsim")})[:16]
+        times = [[x.tolist() for x in (b.measured_s, b.captured_s)] for b in self.batches]  # of which no trace is made
+        return digest({"times": times, **{name: self.facts[name] for name in ("trace", "hardware", "kvsim")}})[:16]
 
     def save(self, folder: str | Path) -> Path:
         """Write steps.parquet, batches.parquet, report.md, a figure and manifest.json, whole or not at all."""

@@ -15,6 +15,7 @@ from kvsim.cache.tiers import Capacity
 from kvsim.cache.view import keep, share_of, window
 from kvsim.errors import ConfigError, PolicyError
 from kvsim.testing import moved, tiny_trace
+from kvsim.trace.access import DenseSource, dense_trace
 from tests.helpers import THETA, policy_for, replay
 
 # -- the table ---------------------------------------------------------------------------------------------------
@@ -350,3 +351,37 @@ def test_a_request_that_writes_nothing():
     """Only a prompt: every policy, oracles too."""
     for spec in ("lru", "belady", "mass-oracle"):
         assert replay(spec, 4, tiny_trace(prompt=6, steps=0)).out[0].resident.tolist() == [4] * 4
+
+
+# -- what prefill counts -----------------------------------------------------------------------------------------
+
+
+def uses(trace, policy, use):
+    """What a policy sees of `uses` at prefill, [layers, kv_heads, keys]."""
+    seen = []
+    policy.observe = lambda view: seen.append(view.uses[..., : view.keys].copy())
+    replay(policy, 9, trace, use=use)
+    return seen[0].tolist()
+
+
+def test_heads_that_share_a_lane_count_as_often_as_the_one_that_used_a_page_most():
+    """At prefill; of the means of these heads, as decode steps compare them, page 1 would have been used once."""
+    rows = np.zeros((3, 1, 2, 3), np.float32)
+    rows[:, 0, 0] = [[1, 0, 0], [1, 0, 0], [1, 0, 0]]
+    rows[:, 0, 1] = [[1, 0, 0], [0.1, 0.9, 0], [0, 0.3, 0.7]]
+    trace = dense_trace([DenseSource(rows, np.zeros((0, 1, 2, 3), np.float32))])
+    assert uses(trace, policy_for("lfu"), THETA) == [[[3, 0, 0], [1, 2, 1]]]
+    assert uses(trace, policy_for("lfu", granularity="layer"), THETA) == [[[3, 2, 1]]]
+
+
+def test_a_page_that_a_window_has_left_in_part_is_still_seen():
+    """Pages of two tokens, a window of three: the fourth row sees token 1, and so page 0."""
+    trace = tiny_trace(layers=1, heads=1, prompt=4, steps=1, windows=(3,)).paged(2)
+    trace.sources[0]._prompt[:, 0, 0] = np.eye(4)
+    assert uses(trace, policy_for("full"), Use("all")) == [[[4, 2]]]
+
+
+def test_state_is_every_column_in_full():
+    """An array of five per page counts five times, and `arrived` since FIFO looks at it."""
+    policy = policy_for("fifo", columns={"ring": (np.float32, 5), "bit": np.bool_})
+    assert replay(policy, 4, tiny_trace(prompt=6, steps=3)).cache.view.state_bytes == 4 * 5 + 1 + 4

@@ -6,10 +6,13 @@ import pytest
 from kvsim import registry
 from kvsim.cache.cache import Cache
 from kvsim.cache.demand import Use
+from kvsim.cache.table import GPU, HOST, SSD
 from kvsim.cache.tiers import Capacity
 from kvsim.errors import PolicyError
+from kvsim.testing import tiny_trace
 from kvsim.trace.access import Geometry, dense_trace
 from tests.conftest import SIZES, random_source
+from tests.helpers import references
 
 BUDGET = 12
 THETA = Use("weight", 0.05)
@@ -22,13 +25,18 @@ class Plain:
         return np.int8(1)
 
 
-def replay(offload, policy="lru", **more):
-    """Outcomes of one request and the cache afterwards."""
+def fresh(offload, policy="lru", **more):
+    """An empty cache, and the accesses of one request."""
     trace = dense_trace([random_source(5)], Geometry(2, 2, 2, 16, **SIZES))
     (request,) = trace.requests()
-    settings = {"offload": offload, "demand": THETA, "audit": True, **more}
-    cache = Cache((2, 2), request.stride, registry.build(policy), Capacity(BUDGET), **settings)
-    return [cache.access(a) for a in request.accesses()], cache
+    settings = {"offload": offload, "demand": THETA, "audit": True, "capacity": Capacity(BUDGET), **more}
+    return Cache((2, 2), request.stride, registry.build(policy), **settings), request.accesses()
+
+
+def replay(offload, policy="lru", **more):
+    """Outcomes of one request and the cache afterwards."""
+    cache, accesses = fresh(offload, policy, **more)
+    return [cache.access(a) for a in accesses], cache
 
 
 def total(outcomes, name):
@@ -51,16 +59,23 @@ def test_prefetched_pages_count_once_and_keep_the_budget():
 
 
 def test_a_prefetch_that_does_not_survive_moves_nothing():
-    """LRU: of all pages fetched unasked only those that fit stay, and only they count."""
+    """FIFO: of all pages fetched unasked only the newest that fit stay, and only they count."""
+    wanted = []
 
     class Everything(Plain):
         def prefetch(self, view):
+            wanted.append((~view.resident & (view.key >= 0)).reshape(-1, view.key.shape[-1]))
             return True
 
-    outcomes, cache = replay(Everything())
-    assert all((o.resident <= BUDGET).all() for o in outcomes)
-    for o in outcomes:
-        assert o.prefetched.sum() <= BUDGET * cache.lanes
+    cache, accesses = fresh(Everything(), "fifo")
+    stayed = []
+    for a in accesses:
+        out = cache.access(a)
+        assert (out.resident <= BUDGET).all()
+        stayed.append(int((wanted[-1] & (cache.table.copies & GPU > 0)).sum()))
+        assert out.prefetched.sum() == stayed[-1]
+    assert [w.sum() > n for w, n in zip(wanted, stayed, strict=True)] == [n > 0 for n in stayed]
+    assert sum(n > 0 for n in stayed) == 20  # at every step: what is away, more than fits, is wanted back
 
 
 def test_a_step_waits_for_the_prefetched_pages_it_reads():
@@ -166,3 +181,46 @@ def test_a_mask_of_a_wrong_shape_is_named(hook):
     broken = type("Broken", (Plain,), {hook: lambda self, view, *needed: np.ones(3)})()
     with pytest.raises(PolicyError, match=hook):
         replay(broken)
+
+
+def test_what_goes_to_the_ssd_crosses_the_host_link():
+    class Deep(Plain):
+        def place(self, view, victims):
+            return np.int8(2)
+
+    outcomes, _ = replay(Deep(), capacity=Capacity(BUDGET, None, None))
+    spilled = total(outcomes, "spilled")
+    assert spilled[1] == spilled[2] > 0
+
+
+def test_a_page_on_host_and_ssd_comes_from_the_host():
+    cache, accesses = fresh(Plain(), demand=Use("all"))
+    cache.access(next(accesses))
+    copies = cache.table.copies
+    copies[copies == HOST] = HOST | SSD
+    out = cache.access(next(accesses))
+    assert out.fetched.sum(1).tolist() == [0, 4 * (24 - BUDGET), 0]  # of four lanes, all that the prompt had too much
+
+
+def test_a_prefetched_page_that_left_unread_is_waited_for_no_more():
+    """FIFO over two pages: "a" comes back unasked at step 3, has left at step 5, and is read, and fetched, at step 6."""
+
+    class Once(Plain):
+        def prefetch(self, view):
+            return (view.key == 0) & (view.now == 3)
+
+    cache = Cache((1, 1), 5, registry.build("fifo"), Capacity(2), offload=Once(), demand=Use("weight", 0.5))
+    outcomes = [cache.access(a) for a in references("abccdea")]
+    assert [int(o.prefetched.sum()) for o in outcomes] == [0, 0, 0, 1, 0, 0, 0]
+    assert outcomes[6].fetched.sum() == 1 and not outcomes[6].awaits.any()
+
+
+def test_write_through_waits_until_a_page_is_whole():
+    class Through(Plain):
+        def backup(self, view):
+            return True
+
+    trace = tiny_trace(layers=1, heads=1, prompt=3, steps=3).paged(2)
+    cache = Cache((1, 1), 3, registry.build("lru"), Capacity(3), offload=Through(), demand=Use("all"), page_size=2)
+    written = [int(cache.access(a).spilled[1].sum()) for a in trace.requests()[0].accesses()]
+    assert written == [1, 1, 0, 1]  # of 3, 4, 5 and 6 tokens

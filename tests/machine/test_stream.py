@@ -56,7 +56,7 @@ CONSTANTS = {
     "host.thread_bandwidth": rate,
     "host.copy_threads": st.sampled_from([1, 4]),
     "gpu.copy_slowdown": st.sampled_from([0, 0.02, 1.0]),
-    "gpu.staging_layers": st.sampled_from([0, 1, 2, 3, 8]),
+    "gpu.staging_layers": st.sampled_from([1, 2, 3, 8]),
     "gpu.layer_gap": small,
     "gpu.step_sync": small,
     "gpu.gemm_flops": st.sampled_from(["inf FLOP/s", 1e9]),

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvsim.trace.export import save
-from kvsim.trace.layout import file_hash, fingerprint
+from kvsim.trace.files import fingerprint
+from kvsim.trace.layout import file_hash
 from kvsim.trace.synthetic import synthetic_trace
 
 
@@ -49,7 +50,7 @@ def relabel(trace: Path) -> None:
     names = [name for name in manifest["files"] if (trace / name).exists()]
     hashes = {name: file_hash(trace / name) for name in names}
     manifest["files"] = {n: {"bytes": (trace / n).stat().st_size, "sha256": hashes[n]} for n in names}
-    manifest["fingerprint"] = fingerprint(hashes)
+    manifest["fingerprint"] = fingerprint(trace, hashes)
     (trace / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ import pytest
 
 from kvsim import threads
 from kvsim.errors import TraceError
-from kvsim.trace import layout, open_trace, pack, reader
+from kvsim.trace import DenseSource, dense_trace, layout, open_trace, pack, reader
 from kvsim.trace.check import check, info
 from kvsim.trace.export import export, save
 from kvsim.trace.synthetic import synthetic_trace
@@ -296,3 +298,49 @@ def test_query_head_lanes_share_the_bytes_of_their_group():
     g = reader.geometry(manifest)
     assert (g.kv_heads, g.group) == (8, 1)
     assert g.kv_heads * g.token_bytes == reader.geometry(manifest | {"heads": "kv", "kv_heads": 2}).token_bytes * 2
+
+
+# -- what a fingerprint covers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """A copy of the trace that comes with kvsim: it has facts of every step, and times."""
+    return Path(shutil.copytree(reader.DEMO, tmp_path / "demo.kvtrace"))
+
+
+def test_a_fingerprint_covers_every_step_but_not_its_times(demo):
+    shipped = open_trace("demo").fingerprint
+    rewrite(demo, "steps.parquet", lambda c: c["step_us"].__setitem__(3, 1.0))
+    assert open_trace(demo).fingerprint == shipped and check(demo) == []
+    found = {shipped}
+    for name, value in (("need", [1]), ("need", None), ("token", 0), ("logprob", -9.0)):
+        rewrite(demo, "steps.parquet", lambda c, name=name, value=value: c[name].__setitem__(3, value))
+        found.add(open_trace(demo).fingerprint)
+    assert len(found) == 5
+
+
+def test_check_names_a_damaged_steps_file_and_what_it_found_before(demo):
+    (demo / "notes.txt").write_text("hello")
+    (demo / "steps.parquet").write_bytes(bytes((demo / "steps.parquet").stat().st_size))
+    problems = check(demo)
+    assert "steps.parquet: the content" in problems[0] and "notes.txt" in problems[1] and "readable" in problems[2]
+
+
+def test_traces_in_memory_that_differ_in_anything_have_another_fingerprint():
+    rows = np.ones((2, 1, 1, 2), np.float32), np.ones((1, 1, 1, 3), np.float32)
+    q = np.zeros((1, 1, 3, 4), np.float32)
+    other = [
+        {},
+        {"id": 1},
+        {"facts": {"need": [np.array([0], np.int32)]}},
+        {"facts": {"need": [np.array([1], np.int32)]}},
+        {"facts": {"need": [np.array([0, 1], np.int32)], "tokens": np.arange(3)}},
+        {"vectors": (q, q, q)},
+        {"vectors": (q, q, q + 1)},
+        {"spans": [(0, 1), (1, 2)]},
+        {"inv_freq": np.ones(2)},
+    ]
+    assert len({dense_trace([DenseSource(*rows, **extra)]).fingerprint for extra in other}) == len(other)
+    times = {"facts": {"step_seconds": np.ones(1)}}
+    assert dense_trace([DenseSource(*rows, **times)]).fingerprint == dense_trace([DenseSource(*rows)]).fingerprint
