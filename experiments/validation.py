@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvsim.errors import KvsimError
+from kvsim.errors import ConfigError, TraceError
 from kvsim.machine import Hardware
 from kvsim.measure.rows import Row, device_of, quantiles, read_rows
 from kvsim.results import file_beside
@@ -279,7 +279,11 @@ def twins(hardware: Sequence[Hardware]) -> Iterator[str]:
     done = False
     for path in sorted((ROOT / "traces").glob("*.kvtrace")):
         for machine in hardware:
-            if v := _twin(path, machine):
+            v = _twin(path, machine)
+            if isinstance(v, str):
+                yield from [f"- **not read:** {path.name}: {v}", ""]
+                break
+            if v:
                 done = True
                 yield from (f"- {line}" for line in [*report.twin_heading(v.facts), report.evidence(v.facts)])
                 yield from (f"- **warning:** {text}" for text in v.warnings)
@@ -288,12 +292,14 @@ def twins(hardware: Sequence[Hardware]) -> Iterator[str]:
         yield "No device that a shipped trace was captured on is calibrated yet."
 
 
-def _twin(path: Path, hardware: Hardware) -> TwinValidation | None:
-    """Nothing for a trace of another device, or without step times."""
+def _twin(path: Path, hardware: Hardware) -> TwinValidation | str | None:
+    """Nothing for a trace of another device, and what is wrong with one that cannot be read or has no step times."""
     try:
         return validate_trace(open_trace(path), hardware)
-    except KvsimError:
+    except ConfigError:
         return None
+    except TraceError as error:
+        return error.what
 
 
 def blame(every: Sequence[tuple[Machine, Validation]]) -> Iterator[str]:

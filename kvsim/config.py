@@ -72,8 +72,8 @@ class RunConfig(BaseModel):
         parse_budget(self.budget)
         parse_demand(self.demand, parse_use(self.use))
         for key in ("host", "ssd"):
-            if getattr(self, key) is not None and not parse_bytes(getattr(self, key)) >= 0:
-                raise ConfigError(f'{key} = "{getattr(self, key)}" is negative', hint='write a size like "64GiB"')
+            if getattr(self, key) is not None:
+                parse_bytes(getattr(self, key))
         return self.model_copy(
             update={
                 "regime": regime,

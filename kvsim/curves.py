@@ -163,7 +163,7 @@ class _Sums(NamedTuple):
 
 
 def curve(
-    trace: Trace,
+    trace: Trace | str | Path,
     config: RunConfig | None = None,
     *,
     budgets: str | Iterable[str | int] | None = None,
@@ -204,18 +204,22 @@ def curve(
     tell.start(1 if passes else len(chosen))
     points, below = _points(chosen, at, strict=listed is not None)
     tell.end()
-    source = {"name": trace.name, "requests": len(setting.trace.sources), "fingerprint": setting.trace.fingerprint}
+    source = {
+        "name": setting.trace.name,
+        "requests": len(setting.trace.sources),
+        "fingerprint": setting.trace.fingerprint,
+    }
     policy = setting.policy()
     oracle, full = callable(getattr(policy, "foresee", None)), policy.rows == "full"
     return Curve(setting.config, source, oracle, full, ONE_PASS if passes else EACH, reason + below, points, at)
 
 
-def rehearse(trace: Trace, config: RunConfig, rows: str | None = None) -> None:
+def rehearse(trace: Trace | str | Path, config: RunConfig, rows: str | None = None) -> None:
     """Raises at once what `curve` would find after a while: settings, or a prompt, that cannot serve the policy."""
     replay.rehearse(_prepared(trace, config, rows))
 
 
-def _prepared(trace: Trace, config: RunConfig, rows: str | None) -> _Setting:
+def _prepared(trace: Trace | str | Path, config: RunConfig, rows: str | None) -> _Setting:
     if rows not in (None, "visible", "full"):
         raise ConfigError(f'rows = "{rows}"', hint='use "visible" or "full"')
     return _Setting.of(prepare(trace, config.model_copy(update={"budget": "100%"})), rows)

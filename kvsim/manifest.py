@@ -137,6 +137,18 @@ def _notes(
         )
     if setting.demand is not None:
         notes.append("demand is clairvoyant: a step waits for the pages its true attention weights name")
+        if setting.config.overlap != "layer" and setting.demand.kind != "all":
+            notes.append(f"overlap = {setting.config.overlap}: what every layer needs is known when the step starts")
+        if name.startswith("belady"):
+            notes.append(
+                "belady misses the fewest pages, which is no bound on time: it may need more and smaller copies"
+            )
+    if summary["prefill_gaps"]:
+        share = summary["prefill_gaps"]
+        notes.append(
+            f"{share:.1%} of the gaps between tokens hold another request's prefill, which is not cut into chunks: "
+            f"of these are the quantiles of TPOT above p{100 * (1 - share):.3g}"
+        )
     if setting.config.model is None and shape.layer_bytes < setting.hardware.gpu.weight_bandwidth * 1e-6:
         notes.append(f"{shape.name} is so small that fixed kernel times are all there is; --model times another one")
     return notes

@@ -55,6 +55,7 @@ _COMMON = {
 _CHOICES = {"granularity": ("head", "layer", "token"), "rows": ("visible", "full"), "clock": ("step", "token")}
 _REGIMES = ("lossy", "offload")
 _TAKEN = ("key", "born", "arrived", "last", "uses", "mass", "weights", "resident", "pins", "size", "wanted")  # columns
+_HOOKS = ("place", "prefetch", "backup", "rebuild")  # of an offload policy
 PROTECTION: dict[str, tuple[str, Any]] = {
     "sink": ("int", 0),
     "recent": ("int | str", 1),
@@ -91,13 +92,20 @@ def policy(name: str) -> Callable[[type], type]:
 def offload(name: str) -> Callable[[type], type]:
     """Class decorator: register an offload policy (where victims go) under `name`.
 
-    Raises PolicyError for a class without `place`, or with a hook that the engine does not call.
+    Raises PolicyError for a class without `place`, or with a public method that takes a view and is no hook: the engine
+    would never call it.
     """
 
     def register(cls: type) -> type:
         if not callable(getattr(cls, "place", None)):
             raise PolicyError(f'offload policy "{name}" has no place(view, victims)', where=_home(cls))
-        for key, default in {"keeps": True, "inclusive": True, "waits": False}.items():
+        for key, method in inspect.getmembers(cls, inspect.isfunction):
+            if not key.startswith("_") and key not in _HOOKS and "view" in inspect.signature(method).parameters:
+                hint = f"the hooks are {', '.join(_HOOKS)}; begin the name of a method of your own with _"
+                raise PolicyError(
+                    f'offload policy "{name}": the engine does not call {key}', where=_home(cls), hint=hint
+                )
+        for key, default in {"inclusive": True, "waits": False}.items():
             if not hasattr(cls, key):
                 setattr(cls, key, default)
         return _enter("offload", name, cls)
@@ -202,7 +210,7 @@ def _wrong(policy: Any) -> tuple[str, str] | None:
         return f"columns is {policy.columns!r}", 'write names and NumPy types, such as {"heat": np.float32}'
     for name, dtype in policy.columns.items():
         if name in _TAKEN:
-            return f'column "{name}" has the name of one of the engine\'s', f"other than {', '.join(_TAKEN)}"
+            return f'column "{name}" has the name of one of the engine\'s', f"choose another than {', '.join(_TAKEN)}"
         if not _is_number(dtype):
             return f'column "{name}" is not of a NumPy type of numbers but {dtype!r}', "np.float32, say"
     return None

@@ -175,9 +175,18 @@ class Setting:
         return whole + (pages - whole) * self.ratio("gpu")
 
 
-def prepare(trace: Trace, config: RunConfig) -> Setting:
+def opened(trace: Trace | str | Path) -> Trace:
+    """A trace, which may be named by its folder, or "demo"."""
+    if isinstance(trace, Trace):
+        return trace
+    from kvsim.trace import open_trace
+
+    return open_trace(trace)
+
+
+def prepare(trace: Trace | str | Path, config: RunConfig) -> Setting:
     """Load what a configuration names. Raises ConfigError, PolicyError, TraceError."""
-    config = config.resolved()
+    config, trace = config.resolved(), opened(trace)
     assert config.page_size is not None
     if config.requests is not None:
         trace = trace.only(config.requests)
@@ -289,7 +298,7 @@ class Replay:
         self.cache = new_cache(setting, request, policy, audit=audit, record=record, kind=kind)
         self.ceiling, self.even_ceiling = (np.full(self.cache.rows, np.nan) for _ in range(2))
         self.quality = Quality(self.cache, request.source.facts) if quality and setting.lossy else None
-        self.stranded = 0
+        self.stranded = float("nan")  # not counted
         self._vectors = bool(policy.needs & VECTORS) or (
             self.quality is not None and setting.trace.pool == "head" and request.source.provides >= VECTORS
         )

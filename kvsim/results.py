@@ -38,7 +38,7 @@ STEPS = _schema(
     "read_bytes f8, "
     "fetched_host_bytes f8, fetched_ssd_bytes f8, prefetched_host_bytes f8, prefetched_ssd_bytes f8, rebuilt_pages i8, "
     "spilled_host_bytes f8, spilled_ssd_bytes f8, dropped_pages i8, gold_needed i8, gold_lost i8, gold_gone i8, "
-    "output_error f8, stranded_tokens i8"
+    "output_error f8, stranded_tokens f8"
 )
 REQUESTS = _schema(
     "request i4, prompt_tokens i4, output_tokens i4, admitted_s f8, first_token_s f8, finish_s f8, ttft_s f8, "
@@ -148,11 +148,14 @@ def digest(value: Any) -> str:
 
 
 def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """The numbers a person asks for first, from the tables of one run; decode steps only, all steps weighted alike."""
+    """The numbers a person asks for first, from the tables of one run.
+
+    Over decode steps, all weighted alike; bytes that moved are those of the whole run, prefill included.
+    """
     s, r = tables["steps"], tables["requests"]
     d = s["step"] > 0
     weight, used = s["weight"][d].sum(), s["used_pages"][d].sum()
-    gaps = _token_gaps(s)
+    gaps, waits = _token_gaps(s)
     span = (s["end_s"] - s["start_s"])[d].sum()
     out = {
         "recall": ratio(s["attended"][d].sum(), weight),
@@ -164,8 +167,8 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
         "gold_gone": int(s["gold_gone"][d].sum()),
         "output_error": mean(s["output_error"][d]),
         "stranded_share": share(s["stranded_tokens"][d].sum(), (s["stranded_tokens"] + s["resident_pages"])[d].sum()),
-        "ceiling": _ceiling(s["ceiling"][d], weight),
-        "even_ceiling": _ceiling(s["even_ceiling"][d], weight),
+        "ceiling": ratio(s["ceiling"][d].sum(), weight),
+        "even_ceiling": ratio(s["even_ceiling"][d].sum(), weight),
         "tpot_p50_s": _quantile(gaps, 0.5),
         "tpot_p90_s": _quantile(gaps, 0.9),
         "tpot_p99_s": _quantile(gaps, 0.99),
@@ -175,27 +178,26 @@ def summarise(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float
         "held_mean_bytes": mean(s["held_bytes"][d]),
         "read_mean_bytes": mean(s["read_bytes"][d]),
         "decode_steps": int(d.sum()),
-        "end_s": float(s["end_s"].max()),
+        "end_s": (end := float(s["end_s"].max())),
+        "throughput": float(d.sum()) / end if end else 0.0,
+        "prefill_gaps": mean(waits),
     }
     for name in ("fetched_host", "fetched_ssd", "prefetched_host", "prefetched_ssd", "spilled_host", "spilled_ssd"):
         out[f"{name}_bytes"] = float(s[f"{name}_bytes"].sum())
     return out
 
 
-def _token_gaps(s: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Seconds between one token of a request and the next."""
+def _token_gaps(s: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds between one token of a request and the next; and did the request wait for others' prefill in between?"""
     order = np.lexsort((s["step"], s["request"]))
-    end, request = s["end_s"][order], s["request"][order]
-    return np.diff(end)[request[1:] == request[:-1]]
+    start, end, request = (s[name][order] for name in ("start_s", "end_s", "request"))
+    same = request[1:] == request[:-1]
+    return np.diff(end)[same], (start[1:] > end[:-1])[same]
 
 
 def ratio(a: float, b: float) -> float:
     """a / b; 1 where there was nothing to find."""
     return float(a / b) if b else 1.0
-
-
-def _ceiling(sums: np.ndarray, weight: float) -> float:
-    return ratio(sums.sum(), weight) if np.isfinite(sums).all() else float("nan")
 
 
 def share(a: float, b: float) -> float:
@@ -216,8 +218,8 @@ def _quantile(values: np.ndarray, q: float) -> float:
 def check_free(folder: Path, run: str) -> None:
     """Raise ResultError unless `folder` can take the result of `run`: asked before the work and before writing."""
     try:
-        held = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("id")
-    except (OSError, ValueError):
+        held = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, LookupError, TypeError):
         held = None
     hint = "choose another folder with -o"
     if held not in (None, run):

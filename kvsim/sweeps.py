@@ -26,8 +26,8 @@ from kvsim.config import parse_settings, read_toml, run_config
 from kvsim.errors import ConfigError, KvsimError, ResultError
 from kvsim.machine import Hardware
 from kvsim.manifest import identify
-from kvsim.replay import Setting, prepare, rehearse
-from kvsim.report import VERDICTS, bound, judge, metric
+from kvsim.replay import Setting, opened, prepare, rehearse
+from kvsim.report import VERDICTS, bound, judge, metric, times_budget, within
 from kvsim.results import Result, check_free, open_result
 from kvsim.simulate import run
 from kvsim.trace.access import Trace
@@ -86,7 +86,10 @@ def expand(
     """All points of a [sweep] table and of each [[sweep.also]], without repeats, and the keys that vary."""
     points: list[Point] = []
     axes: list[str] = []
-    groups = [{k: v for k, v in sweep.items() if k != "also"}, *sweep.get("also", [])]
+    also = sweep.get("also", [])
+    if not isinstance(also, list) or not all(isinstance(group, Mapping) for group in also):
+        raise ConfigError("sweep.also is no table of axes", where=where, hint="write [[sweep.also]], and axes below it")
+    groups = [{k: v for k, v in sweep.items() if k != "also"}, *also]
     for group in groups:
         flat = dict(_flatten(group))
         for key, values in flat.items():
@@ -233,12 +236,12 @@ def _trace(name: str) -> Trace:
     return open_trace(name)
 
 
-def sweep(trace: Trace, **keys: Any) -> Grid:
+def sweep(trace: Trace | str | Path, **keys: Any) -> Grid:
     """Sweep in this process, nothing written: every key given as a list is an axis.
 
     `kvsim.sweep(trace, policy=["full", "lru"], budget=["10%", "20%"])`
     """
-    axes = {k: v for k, v in keys.items() if isinstance(v, list)}
+    trace, axes = opened(trace), {k: v for k, v in keys.items() if isinstance(v, list)}
     plan = Plan("sweep", trace.name, *expand({k: v for k, v in keys.items() if k not in axes}, axes))
     runs = []
     with registry.reading(registry.texts()):
@@ -286,6 +289,8 @@ class Grid:
                 "id": r.id,
                 "oracle": r.manifest["policy"]["oracle"],
                 "budget_bytes": r.manifest["budget_bytes"],
+                "times_budget": times_budget(r),
+                "within_budget": within(r),
                 **r.summary,
             }
             for r in self.runs
@@ -343,7 +348,7 @@ class Grid:
 
     @property
     def table_title(self) -> str:
-        return f"{self.metric.replace('_', ' ')} | TPOT p99 (predicted), by budget"
+        return f"{self.metric.replace('_', ' ')} | TPOT p99 (predicted) | times the budget, where more, by budget"
 
     def table_lines(self) -> list[list[str]]:
         from kvsim.units import format_seconds
@@ -353,7 +358,9 @@ class Grid:
             cells = {(row["policy"], str(row["budget"])): row for row in rows}
             for policy in dict.fromkeys(row["policy"] for row in rows):
                 found = [cells.get((policy, b)) for b in self._budgets()]
-                text = [f"{c[self.metric]:.3f} | {format_seconds(c['tpot_p99_s'])}" if c else "" for c in found]
+                text = [
+                    f"{c[self.metric]:.3f} | {format_seconds(c['tpot_p99_s'])}{_more(c)}" if c else "" for c in found
+                ]
                 lines.append([f"{policy}, {group}" if group else policy, *text])
             if self.metric == "recall":
                 bounds = [bound([r for r in rows if str(r["budget"]) == b], self.metric) for b in self._budgets()]
@@ -362,29 +369,39 @@ class Grid:
         return lines
 
     def verdicts(self) -> list[str]:
-        """Per group and budget: the best policy that does not know the future, what it loses, and whose loss it is."""
+        """Per group and budget: the best policy that keeps to it and does not know the future, what it loses, and whose
+        loss it is; then those that take more than the budget, and how much."""
         lines = []
         for group, rows in self._groups().items():
             for budget in self._budgets():
                 same = [r for r in rows if str(r["budget"]) == budget]
                 online = [r for r in same if not r["oracle"] and r["policy"] != "full"]
                 most = bound(same, self.metric)
-                within = [r for r in online if r["over_budget"] <= results.MORE]
-                if not within or np.isnan(most):
+                fair = [r for r in online if r["within_budget"]]
+                if not fair or np.isnan(most):
                     continue
-                best = max(within, key=lambda r: r[self.metric])
+                best = max(fair, key=lambda r: r[self.metric])
                 value = best[self.metric]
                 lines.append(
                     f"at {budget}{', ' + group if group else ''}: best online policy {best['policy']}, "
                     f"{self.metric.replace('_', ' ')} {value:.3f} of a possible {most:.3f} "
                     f"(full cache 1, regret {most - value:.3f}); verdict: {VERDICTS[judge(value, most)]}"
                 )
-                if len(within) < len(online):
-                    left = ", ".join(sorted({r["policy"] for r in online} - {r["policy"] for r in within}))
-                    lines.append(f"at {budget}: not judged, since they hold or read more than the budget: {left}")
+                left = sorted((r for r in online if not r["within_budget"]), key=lambda r: -r[self.metric])
+                if left:
+                    named = (
+                        f"{r['policy']} ({r[self.metric]:.3f} with {r['times_budget']:.2f} times it)" for r in left
+                    )
+                    lines.append(f"at {budget}: not judged, holding or reading more on average: {', '.join(named)}")
         return lines or [
             "no verdict: nothing in this sweep is a bound; where pages come back, add belady to the policies"
         ]
+
+
+def _more(row: Mapping[str, Any]) -> str:
+    """What a cell says of a run that takes more than its budget."""
+    over = row["times_budget"] > results.MORE and row["policy"] != "full"
+    return f" | {row['times_budget']:.2f}x" if over else ""
 
 
 def _column(values: list[Any]) -> np.ndarray:

@@ -125,6 +125,30 @@ def test_runs_that_leave_a_setting_at_its_default_are_drawn_beside_the_others(tr
     assert {t.get_text() for t in figure.axes[0].get_xticklabels()} == {"default", "2GB/s"}
 
 
+def test_policies_against_each_other_are_bars_best_first(trace):
+    grid = kvsim.sweep(trace, policy=["lru", "h2o", "belady", "full"], budget="40%", model=MODEL)
+    for y, best_first in (("recall", -1), ("recurrence_loss", 1)):
+        ax = plot(grid, x="policy", y=y).axes[0]
+        values = {row["policy"]: row[y] for row in grid.rows()}
+        names = [tick.get_text() for tick in ax.get_yticklabels()]
+        assert names == sorted(values, key=lambda name: (best_first * values[name], name))
+        assert [bar.get_width() for bar in ax.patches] == pytest.approx([values[name] for name in names])
+        colours = {name: bar.get_facecolor() for name, bar in zip(names, ax.patches, strict=True)}
+        assert colours["belady"] == colours["full"] != colours["lru"] == colours["h2o"]
+        lines = {line.get_label(): line.get_xdata()[0] for line in ax.lines}
+        assert lines["full cache"] == values["full"]
+        assert y != "recall" or lines["step ceiling (bound)"] == grid.rows()[0]["even_ceiling"]
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_a_legend_has_room_for_all_its_lines(trace, count):
+    names = [f"h2o(recent={1 + i % 15}, sink={i // 15})" for i in range(count)]
+    figure = plot(kvsim.sweep(trace, policy=names, budget=["30%", "40%"], model=MODEL))
+    figure.canvas.draw()
+    box = figure.axes[0].get_legend().get_window_extent()
+    assert box.y0 >= 0 and box.x1 <= figure.bbox.x1 and figure.axes[0].get_position().width > 0.3
+
+
 def test_numbers_as_hue_and_names_on_x(lossy):
     figure = plot(lossy, x="policy", hue="budget")
     assert legend(figure) == ["60%", "40%", "20%"]

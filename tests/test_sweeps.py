@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from kvsim import sweeps
+from kvsim.curves import curve
 from kvsim.errors import ConfigError, PolicyError, ResultError
+from kvsim.report import compare, summary_rows
 from kvsim.results import MORE
+from kvsim.simulate import run
 from kvsim.sweeps import read_sweep, run_sweep, sweep
 from kvsim.testing import tiny_trace
 from kvsim.trace.access import dense_trace
@@ -63,9 +66,40 @@ def test_who_takes_more_than_the_budget_is_not_judged():
     assert over == {"snapkv(window=4)"}
     assert len({row["even_ceiling"] for row in rows.values()}) == 1
     best, left = grid.verdicts()
-    assert "best online policy" in best and "snapkv" not in best and left.endswith(": snapkv(window=4)")
+    assert "best online policy" in best and "snapkv" not in best and "snapkv(window=4) (" in left
     notes = {r.manifest["config"]["policy"]: " ".join(r.manifest["notes"]) for r in grid.runs}
     assert [p for p in policies if "times the budget" in notes[p]] == ["snapkv(window=4)"]
+
+
+def test_a_lag_buys_no_verdict(tmp_path):
+    """On average it holds half its lag more, declared or not: by hand, of a prompt of 8 and pages 9 to 32."""
+    (path := tmp_path / "late.py").write_text(OWN.format("pass").replace("late: int = 0", "lag: int = 1"))
+    late, never = f"{path}(lag=8)", f"{path}(lag=1000)"
+    trace = tiny_trace(prompt=8, steps=24)
+    grid = sweep(trace, policy=["lru", late, f"{path}(lag=2)", never, "full"], budget="8", model="llama-3.1-8b")
+    rows = {row["policy"]: row for row in grid.rows()}
+    held = {policy: row["times_budget"] for policy, row in rows.items()}
+    assert held["lru"] == 1 and held[never] == held["full"] == pytest.approx(np.arange(9, 33).mean() / 9)
+    assert held[late] == pytest.approx(np.arange(9, 17).mean() / 9) and held[f"{path}(lag=2)"] == pytest.approx(9.5 / 9)
+    assert [p for p in rows if rows[p]["within_budget"]] == ["lru", f"{path}(lag=2)"]
+    assert rows[never]["over_budget"] < 1 < rows[never]["recall"] + 0.001  # and yet
+    best, left = grid.verdicts()
+    assert "best online policy lru" in best or "best online policy " + f"{path}(lag=2)" in best
+    assert f"{never} (1.000 with 2.28 times it), {late} (0." in left and "1.39 times it)" in left
+    cells = {line[0]: line[1] for line in grid.table_lines()}
+    assert cells[never].endswith("| 2.28x") and cells[late].endswith("| 1.39x") and cells["full"].count("|") == 1
+    lagged = next(r for r in grid.runs if r.manifest["config"]["policy"] == never)
+    assert compare(trace, lagged).verdict == "over"
+    assert ("budget taken", "2.28x") in [row[:2] for row in summary_rows(lagged)]
+
+
+def test_a_trace_may_be_named(few):
+    trace, how = sweeps._trace(str(few)), {"policy": "lru", "budget": "50%"}
+    one = run(trace, **how)
+    assert [r.id for r in (run(few, **how), run(str(few), **how))] == [one.id] * 2
+    assert sweep(str(few), policy=["lru"], budget="50%").runs[0].id == one.id
+    assert curve(str(few), policy="lru", budgets=["50%"]).points[0]["recall"] == pytest.approx(one.recall)
+    assert compare(str(few), one).policy == one.recall
 
 
 def test_the_bound_is_that_of_the_budget_whoever_is_in_the_grid():

@@ -245,7 +245,11 @@ class Cache(Lanes):
         return None
 
     def _warm_start(self, a: Access) -> None:
-        """Prompt rows count: mass is the column sum, uses the stored rows that used the page."""
+        """Prompt rows count: mass is the column sum, uses the stored rows that used the page.
+
+        Of several row lanes that share a decision it is the one that used the page most; a decode step compares the
+        mean of their peaks with that of their limits.
+        """
         assert a.prompt is not None
         prompt = self.view.prompt = self._pool(a.prompt)
         n = a.keys

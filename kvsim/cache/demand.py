@@ -115,5 +115,6 @@ def _arguments(text: str) -> tuple[str, float | None]:
 
 def _positive(use: Use, text: str) -> Use:
     if not 0 < use.value < math.inf:
-        raise ConfigError(f'"{text}" does not hold a number above zero', hint="at zero, every row would use every page")
+        hint = "at zero, no row would need a page" if use.kind == "topk" else "at zero, every row would use every page"
+        raise ConfigError(f'"{text}" does not hold a number above zero', hint=hint)
     return use

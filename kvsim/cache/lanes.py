@@ -152,7 +152,7 @@ class Lanes:
         """Raises PolicyError where a lane's count of victims says that a score is NaN."""
         if counts.min() < 0:
             lane = tuple(int(i) for i in np.unravel_index(counts.argmin(), self.shape))
-            wrong = f"returned NaN, or more than float32 holds, at step {a.step}, lane {lane}"
+            wrong = f"returned more than float32 holds, or NaN at step {a.step}, lane {lane}"
             hint = "every resident page needs a number, and scores are float32: up to 3.4e38"
             raise hooks.broken(self.policy, wrong, "score", hint)
 

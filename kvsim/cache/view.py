@@ -231,7 +231,6 @@ class OffloadPolicy(Protocol):
     [layers, kv_heads, slots], or None.
     """
 
-    keeps: bool  # False: victims are gone (the lossy regime)
     inclusive: bool  # does a fetched page keep its copy below? (default True)
     waits: bool  # does a step wait for all prefetches under way? (default False: for those of pages that it reads)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,6 +160,7 @@ def perform(
 
     Example: kvsim perform lru.parquet --model cpu-small --hardware experiments/cpu/cpu-amd-epyc.toml -o rows.jsonl
     """
+    from kvsim.machine import ModelShape
     from kvsim.measure.bare import shape
     from kvsim.measure.executor import Executor
     from kvsim.measure.machine_info import slug
@@ -166,6 +168,7 @@ def perform(
     from kvsim.measure.schedule import Schedule
     from kvsim.measure.streams import open_device
     from kvsim.plan import read_plan
+    from kvsim.units import format_bytes
 
     moves, schedule, layers = read_plan(plan), Schedule(depth, known, method), shape(model)
     if trace is not None:
@@ -179,11 +182,15 @@ def perform(
         what = f"the plan has {moves.info.steps} steps, {steps} and {WARM_UP} to warm up are asked for"
         raise ConfigError(what, where="--steps", hint=f"ask for {most} at most")
     predicts = _predictor(hardware)
-    with (
-        open_device(device) as opened,
-        Wait("performing the plan"),
-        Executor(opened, layers, 1, tokens, size, folder=disk) as executor,
-    ):
+    sizes: dict[str, Any] = layers.sizes
+    weights = format_bytes(ModelShape(layers.name, **sizes).read_bytes)
+    cached = format_bytes(tokens * layers.token_bytes * layers.layers)
+    with open_device(device) as opened, ExitStack() as stack:
+        typer.echo(
+            f"{model} on {opened.name}: {weights} of random weights, {cached} of KV and its twin beside", err=True
+        )
+        stack.enter_context(Wait("performing the plan"))
+        executor = stack.enter_context(Executor(opened, layers, 1, tokens, size, folder=disk))
         row = executor.run_plan(moves, schedule, steps=steps, warm_up=WARM_UP)
     how = f"{method}-{known}{depth}"
     with RowLog(output) as log:

@@ -39,16 +39,19 @@ class Plan(Protocol):
 
 
 def plot(grid: Table, x: str = "budget", y: str | None = None, hue: str = "policy") -> Figure:
-    """Column `y` of every run against column `x`, one line per value of `hue` (and of whatever else differs).
+    """Column `y` of every run against column `x`, one line per value of `hue` (and of whatever else differs); one run
+    of each policy against x = "policy": a bar for each, best first.
 
     `y` is recall in the lossy regime and the page hit rate where evicted pages come back, unless you say otherwise.
     Raises ConfigError for an unknown column, ResultError when there is nothing to draw.
     """
-    from kvsim.figures import line, page
+    from kvsim.figures import line, page, ranking
 
-    runs = _some(grid.runs)
+    runs, rows = _some(grid.runs), grid.rows()
     with page.style():
-        return line.draw(runs, grid.rows(), x, y or _metric(runs), hue)
+        if ranking.fits(rows, x, hue):
+            return ranking.draw(runs, rows, y or _metric(runs))
+        return line.draw(runs, rows, x, y or _metric(runs), hue)
 
 
 def draw(

@@ -28,17 +28,23 @@ NAMES = {
     "tpot_p99_s": "p99 time per output token",
     "ttft_mean_s": "mean time to first token",
     "end_s": "time until the last token",
-    "peak_bytes": "peak KV cache on the GPU, largest request",
+    "throughput": "predicted throughput (output tokens per second, all requests)",
+    "prefill_gaps": "gaps between tokens with another request's prefill (share)",
+    "peak_bytes": "peak KV cache on the GPU, all that run together",
     "budget_bytes": "budget, mean per request over all lanes",
     "held_mean_bytes": "KV cache held, mean of decode steps",
     "read_mean_bytes": "KV cache read, mean of decode steps",
     "fetched_host_bytes": "fetched from host memory",
     "fetched_ssd_bytes": "fetched from SSD",
+    "prefetched_host_bytes": "fetched ahead from host memory",
+    "prefetched_ssd_bytes": "fetched ahead from SSD",
     "spilled_host_bytes": "spilled to host memory",
     "spilled_ssd_bytes": "spilled to SSD",
     "lost_pages": "uses of a page that was not there",
     "decode_steps": "decode steps",
     "page_size": "page size (tokens)",
+    "host": "host memory for the pages of all requests",
+    "ssd": "SSD space for the pages of all requests",
     "concurrency": "requests replayed together",
 }
 TITLES = {
@@ -57,6 +63,8 @@ TITLES = {
     "gold_loss": "gold-source loss",
     "stranded_share": "stranded tokens",
     "page_size": "page size",
+    "host": "host memory",
+    "ssd": "SSD space",
 }
 # What the full cache has by definition: it loses nothing.
 LOSSLESS = {"recall": 1.0, "mass_hit_rate": 1.0, "page_hit_rate": 1.0, "recurrence_loss": 0.0}
@@ -68,6 +76,12 @@ _BASES = {
 }
 _MANY = 24  # budgets from which not each has a tick
 _LOG_FROM = 8.0  # largest over smallest value from which an axis of settings is logarithmic
+
+
+def more(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What a policy's name is followed by where its runs take more than the budget."""
+    most = max((number(row, "times_budget") for row in rows if not row.get("within_budget", True)), default=0.0)
+    return f" ({most:.2f}x the budget)" if most else ""
 
 
 def title(column: str) -> str:

@@ -44,8 +44,9 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
     figure = page.sheet(3.1 * min(_ACROSS, len(families)) + 0.4, 2.75 * down + 1.0)
     panels = figure.subplots(down, min(_ACROSS, len(families)), sharex=True, sharey=True, squeeze=False).ravel()
     ceiling = _ceiling(rows, x, across) if y == "recall" else []
+    more = {policy: columns.more(row for row in rows if row["policy"] == policy) for policy in lines}
     for i, (ax, (family, members)) in enumerate(zip(panels, families.items(), strict=False)):
-        _panel(ax, family, members, lines, ceiling, named=i == 0)
+        _panel(ax, family, members, lines, more, ceiling, named=i == 0)
         last = i + _ACROSS >= len(families)  # with nothing below it
         ax.set_xlabel(across.label if last else "", fontsize=8)
         ax.tick_params(labelbottom=last)
@@ -89,7 +90,13 @@ def _families(lines: Mapping[str, Points]) -> dict[str, list[str]]:
 
 
 def _panel(
-    ax: Axes, family: str, members: Sequence[str], lines: Mapping[str, Points], ceiling: Points, named: bool
+    ax: Axes,
+    family: str,
+    members: Sequence[str],
+    lines: Mapping[str, Points],
+    more: Mapping[str, str],
+    ceiling: Points,
+    named: bool,
 ) -> None:
     for policy, points in lines.items():
         xs, ys = zip(*points, strict=True)
@@ -110,7 +117,8 @@ def _panel(
         ax.plot(
             xs, ys, "--" if open_ else "-", color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
             markerfacecolor="white" if open_ else None, markersize=4, linewidth=1.3, zorder=3,
-            label=None if open_ and any(p != policy and label(p) == label(policy) for p in members) else label(policy),
+            label=None if open_ and any(p != policy and label(p) == label(policy) for p in members)
+            else label(policy) + more[policy],
         )  # fmt: skip
     ax.set_title(family, loc="left", fontweight="bold", fontsize=9)
     ax.grid(axis="y")

@@ -43,6 +43,7 @@ _ORACLES: dict[str, tuple[str, str]] = {
 _DASHES, _DASH_DOT = (0, (4, 2)), (0, (6, 2, 1, 2))
 _MARKS = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
 _MARKED = 10  # marks on a line of many points
+_TURNED = 60  # letters of the names on an axis from which they are turned
 _MOVED_BY_BUDGET = ("budget", "budget_bytes")
 
 
@@ -74,7 +75,9 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
     across = columns.axis(x, _highest_first(rows, x, y))
     factor, unit = columns.unit(y, [columns.number(row, y) for row in rows])
     lines = _lines(runs, rows, x, y, hue, across, factor)
-    figure = page.sheet(7.6, 4.6)
+    names = sum(map(len, across.ticks.values())) > _TURNED
+    longest = max(len(line.name) for line in lines)  # the legend stands beside the axes, whatever it needs
+    figure = page.sheet(max(7.6, 5.4 + 0.066 * longest), max(4.6 + 1.2 * names, 1.6 + 0.215 * (len(lines) + 6)))
     ax = figure.add_subplot()
     _plot(ax, lines, across, flat=x in _MOVED_BY_BUDGET)
     entries = _bound(ax, rows, x, across) if y == "recall" else []
@@ -246,8 +249,8 @@ def _axes(ax: Axes, across: columns.Axis, y_label: str, y: str, lines: Sequence[
     if across.ticks:
         ax.xaxis.set_major_locator(FixedLocator(sorted(across.ticks)))
         turned: dict[str, Any] = (
-            {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-            if sum(map(len, across.ticks.values())) > 60
+            {"rotation": 30 if len(across.ticks) < 9 else 90, "ha": "right", "va": "center", "rotation_mode": "anchor"}
+            if sum(map(len, across.ticks.values())) > _TURNED
             else {}
         )
         ax.set_xticks(sorted(across.ticks), [across.ticks[p] for p in sorted(across.ticks)], **turned)

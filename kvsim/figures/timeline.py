@@ -24,15 +24,18 @@ WINDOW = 40  # decode iterations shown unless `steps` says otherwise
 _TOTALS = "inside a step only totals are recorded: bars start with it, a link's bar is its bytes at its mean busy rate"
 _COMPUTE, _STALL, _PREFILL, _OTHER = "#0072B2", "#D55E00", "#332288", "#ececec"
 # link, direction, label, colour, the columns whose bytes it carries
+_HOST, _SSD = ("fetched_host_bytes", "prefetched_host_bytes"), ("fetched_ssd_bytes", "prefetched_ssd_bytes")
 _LINKS = (
-    ("pcie", "h2d", "host to GPU", "#009E73", ("fetched_host_bytes", "fetched_ssd_bytes")),
+    ("pcie", "h2d", "host to GPU", "#009E73", _HOST + _SSD),
     ("pcie", "d2h", "GPU to host", "#E69F00", ("spilled_host_bytes",)),
-    ("ssd", "read", "SSD read", "#882255", ("fetched_ssd_bytes",)),
+    ("ssd", "read", "SSD read", "#882255", _SSD),
     ("ssd", "write", "SSD write", "#CC79A7", ("spilled_ssd_bytes",)),
 )
 _MOVES = (
     ("fetched_host_bytes", "fetched from host", "#009E73", 1),
     ("fetched_ssd_bytes", "fetched from SSD", "#882255", 1),
+    ("prefetched_host_bytes", "ahead from host", "#56B4E9", 1),
+    ("prefetched_ssd_bytes", "ahead from SSD", "#AA4499", 1),
     ("spilled_host_bytes", "spilled to host", "#E69F00", -1),
     ("spilled_ssd_bytes", "spilled to SSD", "#CC79A7", -1),
 )
@@ -177,7 +180,7 @@ def _queued(start: np.ndarray, busy: np.ndarray) -> np.ndarray:
 
 
 def _moved(ax: Axes, shown: Iterations, start: np.ndarray, end: np.ndarray) -> None:
-    """Bytes of each step: fetched upwards, spilled downwards; where nothing moves, what attention read on the GPU."""
+    """Bytes of each step: fetched (waited for, or ahead) upwards, spilled downwards; where nothing moves, what attention read on the GPU."""
     moves = [m for m in _MOVES if shown[m[0]].any()] or [("read_bytes", "KV read by attention", _COMPUTE, 1)]
     factor, unit = columns.unit("_bytes", [float(shown[m[0]].max()) for m in moves])
     base = {1: np.zeros(len(start)), -1: np.zeros(len(start))}

@@ -430,7 +430,7 @@ def _with_unit(parse: Callable[[str], float], least: float, right: str) -> Calla
             raise ConfigError(f"{value!r} has no unit", hint=f"write it like {right}")
         text = value.strip()
         number = float("inf") if text.startswith("inf") and text[3:].strip() in _UNITS.values() else parse(text)
-        if number < 0 or (number == 0 and least):
+        if number == 0 and least:
             raise ConfigError(f'"{value}" is not positive', hint=f"write it like {right}")
         return number
 

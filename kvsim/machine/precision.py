@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.errors import ConfigError, PolicyError
+from kvsim.errors import ConfigError, PolicyError, TraceError
 from kvsim.registry import parse_spec
 from kvsim.trace.access import Trace
 
@@ -193,7 +193,7 @@ def errors(trace: Trace, form: Format) -> dict[str, np.ndarray]:
         for part in source.vectors():
             layers.setdefault(part.layer, []).append(part)
         if not layers:
-            raise PolicyError(f"request {source.id} holds no tokens", where=trace.path)
+            raise TraceError(f"request {source.id} holds no tokens", where=trace.path)
         lines: dict[str, list[np.ndarray]] = {"logit": [], "value": []}
         for layer in sorted(layers):
             k, v = (np.concatenate([getattr(part, n) for part in layers[layer]], axis=1) for n in ("k", "v"))

@@ -41,7 +41,11 @@ class Random:
 
 
 def uniform(key: np.ndarray, step: int, seed: int) -> np.ndarray:
-    """Multiples of 2**-24 from 0 to below 1 for keys [layers, kv_heads, n]: a hash of seed, lane, key and step."""
+    """Multiples of 2**-24 from 0 to below 1 for keys [layers, kv_heads, n]: a hash of seed, lane, key and step.
+
+    The multipliers of the four are xxHash's 32-bit primes 1 to 4 (Collet), those of the mixer "lowbias32"'s (Wellons,
+    hash-prospector), which shifts by 15 in the middle where this shifts by 16.
+    """
     lanes = np.arange(key[..., :1].size, dtype=np.uint32).reshape(key.shape[:2] + (1,))
     x = key.astype(np.uint32) * np.uint32(0x9E3779B1) + lanes * np.uint32(0x85EBCA77)
     x ^= np.uint32((step * 0xC2B2AE3D + seed * 0x27D4EB2F) & 0xFFFFFFFF)
@@ -54,7 +58,10 @@ def uniform(key: np.ndarray, step: int, seed: int) -> np.ndarray:
 
 @policy("fifo")
 class Fifo:
-    """First in, first out: with `sink = 0` in the lossy regime, the plain sliding window."""
+    """First in, first out: with `sink = 0` in the lossy regime, the plain sliding window.
+
+    Belady, IBM Systems Journal 5 (1966).
+    """
 
     family = "classic"
     budget_free = True
@@ -65,7 +72,10 @@ class Fifo:
 
 @policy("lru")
 class Lru:
-    """Least recently used; "used" is the run's predicate (`--use`), since dense attention touches every page."""
+    """Least recently used; "used" is the run's predicate (`--use`), since dense attention touches every page.
+
+    Mattson et al., IBM Systems Journal 9 (1970), whose stacks give the hits of every budget in one pass.
+    """
 
     family = "classic"
     budget_free = True
@@ -77,6 +87,8 @@ class Lru:
 @policy("lfu")
 class Lfu:
     """Least frequently used since it arrived; the count is lost on eviction (not perfect LFU). Prompt rows count.
+
+    Mattson et al., IBM Systems Journal 9 (1970), study the perfect one.
 
     Among equal counts the earlier arrival leaves, with `tie="use"` the one used longest ago (so libCacheSim's LFU.c).
     What joins in this step leaves last: a newcomer is admitted.

@@ -11,8 +11,6 @@ from kvsim.registry import offload
 class Drop:
     """Nowhere: an evicted page is gone. This is the lossy regime."""
 
-    keeps = False
-
     def place(self, view, victims):
         return np.int8(-1)
 

@@ -771,7 +771,8 @@ class TwoQ(_Queue):
 class Clock(_Queue):
     """A FIFO queue with second chances: the oldest page that was hit goes round once more instead of leaving.
 
-    Corbató 1968; libCacheSim's Clock.c. `bits`: of a page's counter of hits; each round takes one from it.
+    Corbató 1968; libCacheSim's Clock.c. `bits`: of a page's counter of hits; each round takes one from it, as in GCLOCK
+    (Smith, ACM TODS 3, 1978).
     """
 
     evidence = "code"
@@ -833,8 +834,8 @@ class Gdsf(_Queue):
     _kind = _GDSF
 
     def __post_init__(self):
-        number = isinstance(self.cost, (int, float)) and 0 < self.cost < np.inf
-        if not number and self.cost != "fetch":
+        numeric = isinstance(self.cost, (int, float)) and not isinstance(self.cost, bool) and 0 < self.cost < np.inf
+        if not numeric and self.cost != "fetch":
             refuse(self, "cost", 'write a number above zero, or "fetch"')
         flag(self, "compete")
 

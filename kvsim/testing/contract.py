@@ -251,7 +251,7 @@ class _Watched(Cache):
             with np.errstate(all="ignore"):  # of infinite ones
                 apart = (one != two) if exact else two - one > _NOISE * np.maximum(abs(one), abs(two))
             if (alike := apart & (single(one) == single(two))).any():
-                pair = f"{one[alike][0]!r} and {two[alike][0]!r}"
+                pair = f"{one[alike][0].item()!r} and {two[alike][0].item()!r}"
                 self._note(f"score returned {pair}: scores are float32, in which they are the same")
                 return
 

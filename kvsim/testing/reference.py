@@ -1,6 +1,7 @@
 """The cache engine written again, slowly: a table indexed by key, with loops over lanes and pages.
 
-It shares the policies and the predicate with `kvsim.cache`, and nothing else; a property test compares the two.
+It shares with `kvsim.cache` the policies, the predicate, the names and types of the columns, and what turns tokens and
+shares into pages; a property test compares the two.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ class Seen:
 
     `q`: [layers, kv_heads, group, tokens, head_dim]; `k`, `v`: [layers, kv_heads, tokens, head_dim]; `positions`: int32
     [tokens], position ids. The last token is the one whose query this step is. Read-only views of buffers that grow.
-    `inv_freq`: as `Source.inv_freq`.
+    `inv_freq`: as `Source.inv_freq`. Where the trace's lanes are query heads, the group is one, and lanes of one KV head
+    show the same k and v.
     """
 
     q: np.ndarray
@@ -307,7 +308,9 @@ class _Vectors:
             self._buffers = tuple(np.zeros(shape, line.k.dtype) for shape in shapes)
         start = self._filled[line.layer]
         end = self._filled[line.layer] = start + len(line.positions)
-        for buffer, new in zip(self._buffers, (line.q, line.k, line.v), strict=True):
+        copies = max(1, heads // len(line.k))  # where a lane is a query head, it has its KV head's k and v
+        k, v = (x.repeat(copies, axis=0) for x in (line.k, line.v))
+        for buffer, new in zip(self._buffers, (line.q, k, v), strict=True):
             buffer[line.layer, ..., start:end, :] = new.reshape(*buffer.shape[1:-2], -1, size)
         self._positions[start:end] = line.positions
 

@@ -30,10 +30,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         name, major = manifest["format"], int(str(manifest["version"]).split(".")[0])
         files, lanes = manifest["files"], (int(manifest["layers"]), int(manifest["kv_heads"]))
-        known = [manifest["fingerprint"], manifest["encoding"]["keep"], *(entry["bytes"] for entry in files.values())]
+        for _ in manifest["fingerprint"], manifest["encoding"]["keep"], *(entry["bytes"] for entry in files.values()):
+            pass  # they are there
+        if min(lanes) < 1:
+            raise ValueError(f"{lanes[0]} layers of {lanes[1]} KV heads")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TraceError(f"the manifest cannot be read: {error!r}", where=str(path / MANIFEST), hint=AGAIN) from error
-    if name != FORMAT or min(lanes) < 1 or not known:
+    if name != FORMAT:
         raise TraceError(f'the format is "{name}"', where=str(path / MANIFEST), hint=f'kvsim reads "{FORMAT}"')
     if major != int(VERSION.split(".")[0]):
         newer = major > int(VERSION.split(".")[0])

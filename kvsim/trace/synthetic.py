@@ -76,7 +76,7 @@ def synthetic_source(
     group: int = 2,
     id: int = 0,
 ) -> DenseSource:
-    """One request in memory: (prompt + steps)^2 / 2 weights per lane, so keep it small."""
+    """One request in memory: 4 (prompt + steps)^2 bytes per lane, half of them zeros, so keep it small."""
     tokens = prompt + steps
     dense = np.zeros((tokens, layers, kv_heads, tokens), np.float32)
     for query, row in enumerate(synthetic_rows(tokens, layers, kv_heads, seed=seed, group=group)):

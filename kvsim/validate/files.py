@@ -64,7 +64,7 @@ def save_rows(v: Validation, folder: Path) -> Path:
 def save_twin(v: TwinValidation, folder: Path) -> Path:
     """Write a validation of a trace's own steps. Raises ResultError as `save_rows`."""
     check_free(folder, v.id)
-    lines, foot = report.twin_heading(v.facts), report.twin_evidence(v.facts)
+    lines, foot = report.twin_heading(v.facts), report.evidence(v.facts)
     with beside(folder) as partial:
         write_json(partial / "manifest.json", _manifest(v.id, v.facts, v.warnings))
         write_table(partial / "steps.parquet", columns(STEPS, (line for b in v.batches for line in b.lines())))

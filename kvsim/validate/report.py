@@ -189,7 +189,7 @@ def of_twin(v: TwinValidation) -> list[str]:
     return [
         "# A captured run against its simulation",
         "",
-        *(f"- {line}" for line in [*twin_heading(v.facts), twin_evidence(v.facts)]),
+        *(f"- {line}" for line in [*twin_heading(v.facts), evidence(v.facts)]),
         *(f"- **warning:** {text}" for text in v.warnings),
         "",
         *batches(v),
@@ -227,11 +227,6 @@ def twin_heading(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def twin_evidence(facts: Mapping[str, Any]) -> str:
-    """What the numbers are."""
-    return evidence(facts)
-
-
 # --- cells ---------------------------------------------------------------------------------------------------
 
 
@@ -256,9 +251,3 @@ def _tau(s: Summary) -> str:
 
 def _knee(s: Summary) -> str:
     return f"{s.knee_error:.2f} ({s.knees})" if s.knees else ""
-
-
-def _stall(s: Summary) -> str:
-    if math.isnan(s.stall_error_s):
-        return ""
-    return f"{1e3 * s.stall_error_s:+.3f} ({1e3 * s.stall_abs_error_s:.3f}) ms"

@@ -115,7 +115,10 @@ def broken(**methods):
         ({"score": lambda v: np.where(v.key == 2, np.nan, 0)}, r"NaN at step 0, lane \(0, 0\)"),
         ({"score": lambda v: 1 / 0}, "failed in score at step 0"),
         ({"observe": lambda v: v.mass.fill(0)}, "failed in observe at step 0"),
+        ({"score": lambda v: v.key * 1e300}, r"more than float32 holds, or NaN at step 0, lane \(0, 0\)"),
         ({"split": lambda v: np.ones(7)}, r"budgets of shape \(7,\)"),
+        ({"split": lambda v: v.budget * np.nan}, "a budget of nan pages at step 0"),
+        ({"split": lambda v: v.budget - 5 * (v.now == 2)}, "a budget of -1 pages at step 2"),
         ({"select": lambda v: np.ones((5, 5, 5), bool)}, r"a read set of shape \(5, 5, 5\)"),
     ],
 )
@@ -123,6 +126,20 @@ def test_a_broken_policy_is_named(methods, words):
     with pytest.raises(PolicyError, match=words) as caught:
         replay(broken(**methods), 4, tiny_trace())
     assert 'policy "lru"' in str(caught.value) and "Lru." in caught.value.where
+
+
+def test_split_shares_out_the_budget_of_the_run_at_every_step():
+    """Other hooks see what is in force."""
+    shown = {"split": [], "score": []}
+    policy = policy_for("fifo")
+    half = np.array([0.5, 1.5])[:, None]
+    policy.split = lambda v: shown["split"].append(v.budget.copy()) or v.budget * half
+    policy.score = lambda v: shown["score"].append(v.budget.copy()) or v.key
+    run = replay(policy, 4, tiny_trace(prompt=8, steps=4))
+    assert len(shown["split"]) == len(shown["score"]) / 2 == 5  # the tests' helper asks for each score again
+    assert all((b == 4).all() for b in shown["split"])
+    assert all(b[:, :, 0].tolist() == [[2, 6], [2, 6]] for b in shown["score"])
+    assert all((c & 1).sum(-1).tolist() == [2, 6, 2, 6] for c in run.copies)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from kvsim.cache.table import COLUMNS, Table
 from kvsim.cache.tiers import Capacity
 from kvsim.cache.view import View
 from kvsim.errors import PolicyError
-from kvsim.testing import tiny_trace
+from kvsim.testing import ReferenceCache, tiny_trace
 from kvsim.testing.nested import compare_sizes
-from tests.helpers import policy_for
+from tests.helpers import matrix_trace, policy_for
 from tests.strategies import traces
 
 LAGGED = "lazy-eviction(window=3, alpha=0.05)"
@@ -404,10 +404,11 @@ def test_it_is_compiled_only_where_that_pays():
     assert fused.fuse(registry.build("random"), np.inf) is None
 
 
-def test_a_score_that_is_no_number_is_named(tmp_path):
+@pytest.mark.parametrize("bad", ["np.nan", "1e39", "-1e300"])
+def test_a_score_that_is_no_number_is_named(tmp_path, bad):
     (tmp_path / "own.py").write_text(
         "import numpy as np\nfrom kvsim.registry import policy\n\n@policy('own')\nclass Own:\n"
-        "    def score(self, view):\n        return np.where((view.key == 14) & (view.now == 4), np.nan, view.key)\n"
+        f"    def score(self, view):\n        return np.where((view.key == 14) & (view.now == 4), {bad}, view.key)\n"
     )
     said = []
     for fusing in (False, True):
@@ -461,3 +462,19 @@ def test_threads_change_no_number(spec, monkeypatch):
         monkeypatch.setattr(threads, "THREADED", 1)
         found.append([x.tobytes() for step in run(tiny_trace(heads=5), policy_for(spec), 6, True) for x in step])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("spec", ["tova(recent=1)", "h2o(recent=1)", "lru", "lfu"])
+def test_visible_mass_too_small_to_divide_by_is_none(spec):
+    """Of a sink outside the cache: 1 / 2**-131 would be infinite, and weights with it."""
+    trace = matrix_trace([[1.0], [0.5, 0.5], *([2.0**-133] * n for n in range(3, 9))])
+    request = trace.requests()[0]
+    slow, fast = (list(run(trace, registry.build(spec), 3, fusing, check=False)) for fusing in (False, True))
+    for x, y in zip(slow, fast, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(x, y, strict=True))
+    for kind in (Cache, ReferenceCache):
+        cache = kind(trace.lanes, request.stride, registry.build(spec), Capacity(3), seed=0)
+        for a in request.accesses():
+            cache.access(a)
+        view = cache.view if kind is Cache else cache.v
+        assert not view.weights.any() and view.mass.max() <= 1.5

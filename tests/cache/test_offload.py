@@ -19,7 +19,7 @@ THETA = Use("weight", 0.05)
 
 
 class Plain:
-    keeps, inclusive, waits = True, True, False
+    inclusive, waits = True, False
 
     def place(self, view, victims):
         return np.int8(1)
@@ -209,7 +209,7 @@ def test_a_prefetched_page_that_left_unread_is_waited_for_no_more():
         def prefetch(self, view):
             return (view.key == 0) & (view.now == 3)
 
-    cache = Cache((1, 1), 5, registry.build("fifo"), Capacity(2), offload=Once(), demand=Use("weight", 0.5))
+    cache = Cache((1, 1), 5, registry.build("fifo"), Capacity(2), offload=Once(), demand=Use("topk", 1))
     outcomes = [cache.access(a) for a in references("abccdea")]
     assert [int(o.prefetched.sum()) for o in outcomes] == [0, 0, 0, 1, 0, 0, 0]
     assert outcomes[6].fetched.sum() == 1 and not outcomes[6].awaits.any()

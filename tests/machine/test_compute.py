@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsim.errors import ConfigError
-from kvsim.machine import SHAPES, Hardware, Work, shape_from_config, shape_from_geometry
+from kvsim.machine import SHAPES, Hardware, ModelShape, Work, shape_from_config, shape_from_geometry
 from kvsim.machine.compute import (
     Matrix,
     decode_attention_seconds,
@@ -234,3 +234,11 @@ def test_idle_work():
     work = Work.idle(3, kv_read=5.0, fetch_host=np.arange(3), known="start")
     assert work.kv_read.tolist() == [5, 5, 5] and work.fetch_host.tolist() == [0, 1, 2]
     assert (work.queries, work.known, work.spill_ssd.sum()) == (1, "start", 0)
+
+
+def test_an_mlp_without_a_gate_has_one_matrix_less():
+    """Hidden 8, two heads of four, an MLP of 32: two matrices of 8 x 32 instead of three, and two activations of 32."""
+    gated, plain = (ModelShape("toy", 1, 8, 2, 2, 4, 32, 100, gated=gate) for gate in (True, False))
+    assert sum(gated.gemms) - sum(plain.gemms) == 8 * 32
+    assert gated.token_traffic - plain.token_traffic == 32 * 2
+    assert plain.token_traffic == (8 * 8 + 2 * (2 + 2 * 2) * 4 + 2 * 32) * 2

@@ -331,3 +331,14 @@ def test_quantise_command(tmp_path, monkeypatch):
     found = errors(trace, parse_format("int2(group=32)"))
     assert "0.375 bytes per element, 5.33 times fewer" in called.output
     assert f"{found['logit'][0].mean():.4f}" in called.output and f"{found['value'][1].mean():.4f}" in called.output
+
+
+def test_a_rotation_joins_as_many_heads_as_it_says():
+    """Two heads whose rotation together has four values, each a code of two bits: one by one they have not."""
+    codes = np.array([0, 1, 2, 3, 3, 0, 2, 1], np.float32)
+    k = (codes @ hadamard(8)).reshape(2, 1, 4)
+    apart, together = (
+        parse_format(f"rotatekv(bits=2, group=4, sink=0, heads={heads})").quantised(k, k)[0] for heads in (1, 2)
+    )
+    np.testing.assert_allclose(together, k, atol=1e-5)
+    assert np.abs(apart - k).max() > 0.1

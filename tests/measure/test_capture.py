@@ -14,6 +14,7 @@ from kvsim.errors import ConfigError, TraceError  # noqa: E402
 from kvsim.measure import CaptureError  # noqa: E402
 from kvsim.measure.capture import capture  # noqa: E402
 from kvsim.measure.prompts import prompt, task_prompts  # noqa: E402
+from kvsim.simulate import run  # noqa: E402
 from kvsim.trace import open_trace  # noqa: E402
 from tests.measure.models import forced_run, tiny  # noqa: E402
 from tests.measure.test_prompts import TASK  # noqa: E402
@@ -164,6 +165,19 @@ def test_tasks_bring_gold_sources_and_checked_answers(tmp_path, llama):
     free = open_trace(capture(llama, asked, tmp_path / "free.kvtrace")).sources[0]
     assert free.output_tokens == 4 and free.facts["right"] == [False]
     assert not any(len(n) for n in free.facts["need"])  # left the gold chain at its first token
+
+
+def test_query_heads_with_vectors_can_be_replayed(tmp_path, llama):
+    """The output error knows the softmax of each query head for its row; a policy of keys sees those of its KV head."""
+    found = {}
+    for heads in ("query", "mean"):
+        how = {"mode": "forced", "heads": heads, "vectors": True, "lossless": True}
+        trace = open_trace(capture(llama, prompts(), tmp_path / f"{heads}.kvtrace", **how))
+        found[heads] = run(trace, policy="keydiff", budget="50%", regime="lossy")
+    assert (
+        found["query"].output_error == pytest.approx(found["mean"].output_error, abs=1e-6) and found["mean"].recall < 1
+    )
+    assert found["query"].recall == pytest.approx(found["mean"].recall, abs=1e-6)
 
 
 def test_vectors_and_spans(tmp_path, llama):

@@ -220,6 +220,24 @@ def test_duo_attention_finds_the_heads_that_look_far():
     assert [run.kept(lane, start=0)[0] for lane in (0, 1)] == [[0, 6, 7], [0, 4, 5, 6, 7]]
 
 
+def test_duo_attention_counts_the_first_token_that_a_streaming_head_lacks():
+    """Sink 1 and the newest two: of eight tokens 5 is the first that is far; the other head looks at 6 alone."""
+    near, edge = [0, 0, 0, 0, 0, 0, 1.0, 0], [0, 0, 0, 0, 0, 1.0, 0, 0]
+    run = replay("duo-attention(sink=1, stream=3)", 4, dense_trace([votes(near, edge)]))
+    assert run.cache.policy._retrieves[0, :, 0].tolist() == [False, True]
+
+
+def test_what_is_left_of_an_even_share_goes_to_the_first_ones():
+    """Ten pages for three, of at most three each: the first has the tenth."""
+    assert whole(np.ones(3), 10, 1, 3).tolist() == [4, 3, 3]
+
+
+def test_no_layer_gets_less_than_is_protected():
+    """Four sinks and the newest of ten pages on average: a layer that should have nothing has these five."""
+    run = replay("layer-budgets(inner='streaming-llm(sink=4)', budgets=[1, 0])", 10, tiny_trace(prompt=20, steps=1))
+    assert run.cache.budget.tolist() == [15, 15, 5, 5]
+
+
 def test_duo_attention_with_listed_heads(tmp_path):
     (path := tmp_path / "heads.json").write_text("[[0, 1], [2, 0]]")
     for heads in ([[0, 1], [2, 0]], str(path)):

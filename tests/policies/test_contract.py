@@ -12,7 +12,10 @@ import pytest
 
 from kvsim import registry
 from kvsim.cache import fused
-from kvsim.testing import check_policy
+from kvsim.cache.view import _PUBLIC
+from kvsim.errors import PolicyError
+from kvsim.simulate import run
+from kvsim.testing import check_policy, contract, tiny_trace
 from tests.helpers import replay
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_policy.py"
@@ -95,9 +98,26 @@ CLAUSES = {
     "no docstring": (lru(doc=""), "no docstring"),
     "granularity": (lru(fields="granularity = 'lane'"), "granularity is 'lane'"),
     "rows": (lru(fields="rows = 'some'"), "rows is 'some'"),
+    "clock": (lru(fields="clock = 'year'"), "clock is 'year'"),
     "batch": (lru(fields="batch = 0"), "batch is 0"),
+    "batch below zero": (lru(fields="batch = -1"), "batch is -1"),
     "lag": (lru(fields="lag = 1.5"), "lag is 1.5"),
+    "no lag": (lru(fields="lag = 0"), "lag is 0"),
+    "a lag longer than any run": (lru(fields="lag = 100000"), None),
+    "all is protected": (lru(fields="sink: int = 10**9"), "protect 1000000001 tokens"),
+    "regimes": (lru(fields="regimes = 'lossy'"), "regimes is 'lossy'"),
+    "needs": (lru(fields="needs = 'k'"), "needs is 'k'"),
+    "needs what there is not": (lru(fields="needs = {'banana'}", score="1 / 0"), "observe, score: not run"),
+    "needs what there is": (lru(fields="needs = {'tokens', 'k'}", score="return view.fact('tokens')"), None),
     "column": (lru(fields="columns = {'x': 'many'}"), "not of a NumPy type"),
+    "column of objects": (lru(fields="columns = {'x': object}"), "not of a NumPy type"),
+    "column of the engine's": (lru(fields="columns = {'mass': np.float32}"), 'column "mass" has the name'),
+    "finer than float32": (lru(score="return view.last + view.key * 1e-9"), "in which they are the same"),
+    "finer by rounding": (lru(score="return view.last * (1 + 2.0**-50 * (view.key % 3))"), None),
+    "large whole numbers": (lru(score="return 2**40 - view.key.astype(np.int64)"), "in which they are the same"),
+    "beyond float32": (lru(score="return view.key * 1e300"), "score returned 1e+300: scores are float32"),
+    "state in the class": (lru(fields="seen = []", observe="self.seen.append(1)"), "Broken.seen changed in a run"),
+    "state in the module": (lru(observe="global N; N = globals().get('N', 0) + 1"), "N changed in a run"),
     "both regimes": (
         lru(score="return 1 / (view.now if view.resident.sum() == (view.key >= 0).sum() else 0)"),
         "failed in score",
@@ -110,6 +130,9 @@ CLAUSES = {
     ),
     "select shape": (lru(fields="def select(self, view): return np.ones(7, bool)"), "a read set of shape (7,)"),
     "split": (lru(fields="def split(self, view): return np.full((2, 2, 1), 5)"), None),
+    "split shares what the run gave": (lru(fields="def split(self, view): return view.budget * 0.75"), None),
+    "split nan": (lru(fields="def split(self, view): return view.budget * np.nan"), "a budget of nan pages at step 0"),
+    "split below zero": (lru(fields="def split(self, view): return 4 - view.budget"), "a budget of -5 pages at step 0"),
     "split shape": (lru(fields="def split(self, view): return np.full(7, 5)"), "budgets of shape (7,)"),
 }
 
@@ -120,6 +143,27 @@ def test_each_clause(tmp_path, clause):
     (path := tmp_path / "broken.py").write_text(text)
     problems = check_policy(str(path))
     assert problems == [] if words is None else any(words in p for p in problems), problems
+
+
+@pytest.mark.parametrize(
+    "clause",
+    ["granularity", "clock", "batch below zero", "no lag", "needs", "column of objects", "column of the engine's"],
+)
+def test_a_run_says_the_same_of_attributes(tmp_path, clause):
+    (path := tmp_path / "broken.py").write_text(CLAUSES[clause][0])
+    with pytest.raises(PolicyError) as caught:
+        run(tiny_trace(), policy=str(path), budget="8", model="llama-3.1-8b")
+    assert [str(caught.value)] == check_policy(str(path))
+
+
+def test_the_names_of_columns_that_are_taken():
+    assert (*_PUBLIC, "resident", "pins", "size", "wanted") == registry._TAKEN
+
+
+def test_every_built_in_policy_is_run():
+    """There is nothing that one of them needs and the traces do not have."""
+    for spec in registry.names("policy"):
+        assert registry.build(spec).needs <= contract._trace(12, 24).provides, spec
 
 
 @pytest.mark.parametrize("clause", ["shape", "nothing", "raises", "nan", "state of another size", "split shape"])

@@ -18,7 +18,7 @@ from kvsim.policies.classic import uniform
 from kvsim.policies.history import layer_shares, tempered
 from kvsim.testing import check_policy, tiny_trace
 from kvsim.trace.access import DenseSource, dense_trace
-from tests.helpers import THETA, by_key, drive, matrix_trace, policy_for, replay
+from tests.helpers import M1, THETA, by_key, drive, matrix_trace, policy_for, replay
 from tests.strategies import budgets, traces
 
 few = settings(max_examples=25, deadline=None)
@@ -568,3 +568,15 @@ def test_evict3r_with_few_prompt_rows():
 def test_parameters_out_of_range(spec, words):
     with pytest.raises(ConfigError, match=words):
         registry.build(spec)
+
+
+def test_evict3r_begins_a_frame_with_its_first_row():
+    """Frames of two tokens: of a prompt of four the newest frame has rows 2 and 3, and no other."""
+    source = matrix_trace(M1, prompt=4).sources[0]
+    source.facts["frame"] = np.arange(6) // 2
+    request = dense_trace([source]).requests()[0]
+    policy = registry.build("evict3r")
+    cache = Cache((1, 1), 6, policy, Capacity(6), facts=request.facts)
+    cache.access(next(request.accesses()))
+    newest = np.array([*M1[2], 0]) + np.array(M1[3])
+    assert cache.view["frame"][0, 0, :4] == pytest.approx(newest, abs=1e-6)

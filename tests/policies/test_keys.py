@@ -54,6 +54,13 @@ def scores(spec, trace, lane=0):
     return run(spec, trace.requests()[0].stride, trace).score[0][lane]
 
 
+def test_lagkv_spreads_are_those_of_a_sample():
+    """Two tokens of two numbers, scaled by a next chunk from 0 to 1: deviations of 0.5 sqrt(2) and 0, by n - 1."""
+    x = np.array([[[[0, 1], [0.5, 0.5]], [[0, 0], [1, 1]]]], np.float32)
+    high, low = np.exp([np.sqrt(0.5), 0])
+    assert registry.build("lagkv")._spread(x)[0, 0] == pytest.approx([high / (high + low), low / (high + low)])
+
+
 def random_trace(seed=0, tokens=30, prompt=20, heads=2, group=2, size=8, page=1):
     rng = np.random.default_rng(seed)
     k, v = rng.normal(size=(2, heads, tokens, size))

@@ -182,6 +182,24 @@ def test_nacl_protects_the_newest_of_long_prompts():
         assert {0, 4, 5} <= set(replay("nacl(sink=1, recent=0, protect=0.5)", 4, ALL, seed=seed).kept(start=0)[0])
 
 
+def test_nacl_counts_its_sinks_among_the_newest_share():
+    """int(0.5 * 12) - 4 = 2 newest are certain to stay; with no page kept by rank all others are drawn."""
+    view = replay("nacl(sink=4, recent=0, protect=0.5, keep=0)", 12, tiny_trace(prompt=12, steps=0)).cache.view
+    assert np.isinf(view["vote"][..., :12]).tolist() == [[[False] * 10 + [True] * 2] * 2] * 2
+
+
+@pytest.mark.parametrize(("page_size", "reach"), [(1, 2), (2, 1), (4, 0)])
+def test_snapkv_pools_over_the_whole_pages_within_its_kernel(page_size, reach):
+    """Two tokens on either side are two pages, one, or none; what lies beyond an edge counts as nothing."""
+    trace = tiny_trace(layers=1, heads=1, prompt=16, steps=0).paged(page_size)
+    view = replay("snapkv(window=4, kernel=5)", 16, trace).cache.view
+    rows = trace.sources[0].prompt().rows[-4:].sum(0)[0, 0].reshape(-1, page_size).sum(1)
+    before = len(rows) - 4 // page_size
+    padded = np.pad(rows[:before], reach)
+    pooled = [padded[i : i + 2 * reach + 1].mean() for i in range(before)]
+    assert view["vote"][0, 0, : len(rows)] == pytest.approx([*pooled, *rows[before:]], abs=1e-6)
+
+
 @pytest.mark.parametrize("spec", SMALL.values(), ids=SMALL)
 def test_nothing_leaves_after_prefill(spec):
     trace = tiny_trace(prompt=12, steps=6)

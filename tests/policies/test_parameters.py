@@ -23,6 +23,7 @@ WRONG = {
     "ada-kv(inner=5)": "name a policy",
     "adaptive-lru(penalty=1.5)": "a whole number, 0 or more",
     "adaptive-lru(large=-1)": "a number of at least 0",
+    "gdsf(cost=True)": 'a number above zero, or "fetch"',
     "alisa(window=1.5)": "a whole number, 1 to 65536",
     "alisa(share='half')": "a number above 0 and at most 1",
     "attention-gate(threshold='low')": "a number",

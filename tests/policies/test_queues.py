@@ -320,6 +320,12 @@ def bare(spec: str, **attributes):
     return policy_for(spec, recent=0, **attributes)
 
 
+def named_by(kept, names) -> list[str]:
+    """Keys as the names that came first to have them."""
+    order = list(dict.fromkeys(names))
+    return ["".join(order[k] for k in keys) for keys in kept]
+
+
 def named(kept) -> list[str]:
     return ["".join("abcdef"[k] for k in keys) for keys in kept]
 
@@ -369,6 +375,23 @@ def test_lirs_worked_by_hand():
     run = refer(bare("lirs"), NAMES, 3)
     assert named(run.kept(start=0)) == [x if set(x) != {"a"} or len(x) == 1 else x for x in contents.split()]
     assert hits(run) == 7
+
+
+def test_lirs_keeps_a_ghost_while_the_stack_is_no_taller_than_it_may_be():
+    """Three LIR pages and a queue of one, a stack of five: at the sixth request it holds b, e, c, a and the ghost of d,
+    which makes d LIR at the eighth and sends b to the queue, where g finds it."""
+    run = refer(bare("lirs(hir=0.4, stack=1.25)"), "bcedcacdg", 4)
+    assert named_by(run.kept(start=0), "bcedag") == "b bc bce bced bced bcea bcea bced cedg".split()
+
+
+@pytest.mark.parametrize(("names", "last"), [("febbdebdeabcbfaf", "fba"), ("bddcadcadcgbedd", "dc")])
+def test_arc_forgets_ghosts_for_pages_that_it_lost(names, last):
+    """Three leave at once, so pages of T2 go without ARC's doing; T1 and its ghosts together hold no more than three."""
+    for n in range(1, len(names) + 1):
+        run = refer(policy := bare("arc", batch=3), names[:n], 3)
+        t1, _, b1, _ = policy.queues()
+        assert len(t1) + len(b1) <= 3, names[:n]
+    assert set(named_by(run.kept(), names)[-1]) == set(last)
 
 
 def test_2q_worked_by_hand():
@@ -520,7 +543,7 @@ def test_what_a_prefetch_brings_up_stays():
     """It joins on top, and its next look counts it as admitted."""
 
     class Ahead:
-        keeps, inclusive, waits, spec_name = True, True, False, "ahead"
+        inclusive, waits, spec_name = True, False, "ahead"
 
         def place(self, view, victims):
             return 1
@@ -657,3 +680,15 @@ def test_unit_sizes_are_no_sizes():
     for spec in ("lru", "h2o", "tova", "sieve", "arc"):
         ones = sized(policy_for(spec), NAMES, 3, dict.fromkeys("abcdef", 1.0))
         assert ones.kept() == refer(spec, NAMES, 3).kept()
+
+
+# -- newcomers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "kept"), [("lfu(recent=0)", [0, 2]), ("size(recent=0)", [1, 2]), ("adaptive-lru(recent=0)", [1, 2])]
+)
+def test_the_prompt_joins_as_one_and_is_cut_by_its_scores(spec, kept):
+    """All of it is new: LFU lets go of the page that was used least, not of the oldest."""
+    trace = matrix_trace([[1.0], [0.9, 0.1], [0.5, 0.0, 0.5], [0.25] * 4], prompt=3)
+    assert replay(spec, 2, trace).kept(start=0)[0] == kept

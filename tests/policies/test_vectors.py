@@ -76,6 +76,17 @@ def test_h2o_mask_hides_pages_that_return():
     assert run.kept()[-1] == list(range(7))  # nothing is dropped
 
 
+def test_h2o_mask_forgets_what_was_hidden_but_not_what_left_the_window():
+    """Four pages, half of them the window: page 3, heavy, leaves it at t = 5, is hidden then, and back at t = 6."""
+    rows = [[1.0], [0.5, 0.5], [0.4, 0.3, 0.3], [0.1, 0.1, 0.1, 0.7], [0.1, 0.1, 0.1, 0.6, 0.1]]
+    rows += [[0.2, 0.2, 0.1, 0.0, 0.25, 0.25], [1 / 7] * 7]
+    run, seen = None, []
+    for end in (6, 7):
+        run = replay("h2o-mask(recent=2)", 4, matrix_trace(rows[:end]))
+        seen.append(np.flatnonzero(run.cache.seen[0] >= 0).tolist())
+    assert seen == [[0, 1, 4, 5], [0, 3, 5, 6]]
+
+
 def test_h2o_mask_protects_sinks():
     """Three pages: the sink, the newest and one heavy hitter between them."""
     rows = [[1.0], [0, 1.0], [0, 0.5, 0.5], [0, 0.3, 0.6, 0.1], [0, 0.3, 0.2, 0.1, 0.4], [0.1, 0.1, 0.2, 0.2, 0.1, 0.3]]

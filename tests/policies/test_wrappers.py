@@ -130,6 +130,13 @@ def test_whitelist_keeps_the_page_that_holds_a_listed_token():
     assert kept == [[1, 2], [1, 2]]
 
 
+def test_whitelisted_positions_are_tokens_of_whatever_page():
+    """Token 5 of twelve, in pages of two, is in page 2, which FIFO would let go of."""
+    trace = tiny_trace(layers=1, heads=1, prompt=12, steps=2).paged(2)
+    assert replay("whitelist(inner='fifo', positions=[5])", 3, trace).kept(start=0)[0] == [2, 4, 5]
+    assert replay("whitelist(inner='fifo', positions=[2])", 3, trace).kept(start=0)[0] == [1, 4, 5]
+
+
 # -- fair -----------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +276,14 @@ def test_lagged_votes_use_prompt_rows_while_there_are_few_others():
     assert run.score[1][0][0] == pytest.approx(0.64 / 0.97 + 0.18 / 0.95, abs=1e-3)
 
 
+def test_a_lagged_vote_is_shown_no_more_rows_than_it_says():
+    policy = registry.build("lag(inner='snapkv(window=2, kernel=1)', every=2, shown=3)")
+    shown, inner = [], policy.policy.observe
+    policy.policy.observe = lambda view: (shown.append(view.prompt.rows[:]), inner(view))
+    replay(policy, 3)
+    assert [len(rows) for rows in shown] == [2, 3, 3]  # the prompt's; then those of the last three queries
+
+
 # -- pageify --------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +328,12 @@ def test_page_scores_by_hand():
 def test_a_budget_below_a_page_keeps_tokens():
     run = replay("pageify(inner='fifo', size=16)", 3)
     assert run.kept() == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+
+
+def test_the_only_page_leaves_token_by_token():
+    """Nothing is protected and the page is full: were it to leave whole, nothing would be left."""
+    run = replay("pageify(inner='h2o(recent=0)', size=4)", 3, matrix_trace(M1[:4], prompt=4))
+    assert len(run.kept(start=0)[0]) == 3
 
 
 def test_pageify_wants_tokens():

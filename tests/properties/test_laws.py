@@ -344,7 +344,7 @@ class Reading(Cache):
 def test_split_gives_every_lane_its_own_budget(trace, budget, step):
     policy = policy_for("fifo")
     lanes = np.arange(trace.lanes[0] * trace.lanes[1]).reshape(*trace.lanes, 1)
-    policy.split = lambda view: budget + step * lanes - view.now // 4
+    policy.split = lambda view: np.maximum(0, budget + step * lanes - view.now // 4)
     run = replay(policy, budget, trace)
     for a, kept in zip(trace.requests()[0].accesses(), run.copies, strict=True):
         wanted = np.clip(budget + step * lanes.ravel() - a.step // 4, 1, trace.requests()[0].stride)

@@ -14,6 +14,7 @@ import pytest
 
 from kvsim import threads
 from kvsim.errors import TraceError
+from kvsim.testing import tiny_trace
 from kvsim.trace import DenseSource, dense_trace, layout, open_trace, pack, reader
 from kvsim.trace.check import check, info
 from kvsim.trace.export import export, save
@@ -210,6 +211,32 @@ def test_a_step_that_is_missing(lossy):
     refuses(lossy, "out of order")
 
 
+def test_a_last_step_without_all_of_its_layers(lossy):
+    rewrite(lossy, "attn-0.parquet", lambda c: {k: v[:-1] for k, v in c.items()})
+    refuses(lossy, "the last step lacks layers")
+
+
+def test_more_steps_than_the_request_has(lossy):
+    rewrite(lossy, "requests.parquet", lambda c: c["n_steps"].__setitem__(0, 39))
+    refuses(lossy, "out of order, step 40 of 39 is due")
+
+
+@pytest.mark.parametrize("value", [-0.5, np.nan, np.inf])
+def test_prompt_statistics_that_no_attention_has(lossy, value):
+    def change(columns):
+        blob = np.frombuffer(columns["colsum"][1], np.float32).copy()
+        blob[3] = value
+        columns["colsum"][1] = blob.tobytes()
+
+    rewrite(lossy, "prefill.parquet", change)
+    refuses(lossy, "colsum is negative or not a number")
+
+
+def test_check_counts_the_token_ids(lossy):
+    rewrite(lossy, "requests.parquet", lambda c: c["tokens"].__setitem__(1, c["tokens"][1][:-1]))
+    assert check(lossy) == ["request 1: 63 token ids for 64 tokens"]
+
+
 def test_prompt_statistics_that_are_cut(lossy):
     rewrite(lossy, "prefill.parquet", lambda c: c["colsum"].__setitem__(1, c["colsum"][1][:-4]))
     refuses(lossy, "colsum is not 24 float32 long")
@@ -344,3 +371,19 @@ def test_traces_in_memory_that_differ_in_anything_have_another_fingerprint():
     assert len({dense_trace([DenseSource(*rows, **extra)]).fingerprint for extra in other}) == len(other)
     times = {"facts": {"step_seconds": np.ones(1)}}
     assert dense_trace([DenseSource(*rows, **times)]).fingerprint == dense_trace([DenseSource(*rows)]).fingerprint
+
+
+def test_layers_that_share_a_lane_see_what_any_of_them_sees():
+    """One layer sees three tokens, the other all: together they see all, by head and by layer each its own."""
+    trace = tiny_trace(layers=2, heads=1, prompt=6, steps=2, windows=(3, 0))
+    for pool, first, visible in (("head", [4, 0], [3, 7]), ("layer", [4, 0], [3, 7]), ("token", [0], [7])):
+        _, a, _ = trace.pooled(pool).requests()[0].accesses()
+        assert (a.first.tolist(), a.visible.max()) == (first, max(visible)) and a.first.dtype == np.int32
+
+
+def test_a_fact_may_know_more_than_the_tokens_that_were_attended_to():
+    """A capture keeps the last token it drew, which no row has; what is known of fewer tokens is no fact of them."""
+    rows = np.ones((2, 1, 1, 2), np.float32), np.ones((1, 1, 1, 3), np.float32)
+    facts = {"tokens": np.arange(4), "exact": np.arange(3), "short": np.arange(2), "need": [np.arange(9)]}
+    request = dense_trace([DenseSource(*rows, facts=facts)]).requests()[0]
+    assert {name: x.tolist() for name, x in request.facts().items()} == {"tokens": [0, 1, 2], "exact": [0, 1, 2]}

@@ -66,3 +66,14 @@ def test_vectors_that_stop_too_early_are_an_error():
     assert [next(steps).tokens, next(steps).tokens] == [3, 4]
     with pytest.raises(TraceError, match="step 2: q, k and v of 5 tokens are not complete"):
         next(steps)
+
+
+def test_query_heads_as_lanes_share_the_vectors_of_their_kv_head():
+    rng = np.random.default_rng(2)
+    q, (k, v) = rng.normal(size=(2, 4, 5, 8)), rng.normal(size=(2, 2, 2, 5, 8))
+    rows = np.repeat(np.tril(np.ones((5, 5), np.float32))[:, None, None], 8, 1).reshape(5, 2, 4, 5)
+    source = DenseSource(rows[:3, ..., :3], rows[3:], vectors=(q, k, v))
+    *_, a = dense_trace([source]).requests()[0].accesses(vectors=True)
+    assert a.vectors.q.shape == (2, 4, 1, 5, 8) and (a.vectors.q[:, :, 0] == q).all()
+    for lane in range(4):
+        assert (a.vectors.k[:, lane] == k[:, lane // 2]).all() and (a.vectors.v[:, lane] == v[:, lane // 2]).all()
