@@ -104,3 +104,7 @@ def test_time_per_token_is_that_of_the_decode_steps(trace):
         end = run.steps[run.steps["request"] == r["request"]].sort_values("step")["end_s"].to_numpy()
         assert r["tpot_s"] == pytest.approx((end[-1] - end[0]) / 20) and r["ttft_s"] == end[0] - r["admitted_s"]
         assert r["tpot_s"] == pytest.approx(np.diff(end).mean())
+
+
+def test_a_ceiling_that_was_not_computed_is_not_known(trace):
+    assert np.isnan(simulate.run(trace, policy="lru", budget="10", ceiling=False).summary["ceiling"])

@@ -12,6 +12,8 @@ from kvsim import registry
 from kvsim.catalogue import EVIDENCE, FAMILIES, entries, entry
 from kvsim.errors import PolicyError
 
+PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}|(?:NSDI|ACL|SOSP|FAST|VLDB|SIGMETRICS|HPL)[- ](?:\d{4}|\d\d-)")
+SOURCE = re.compile(PAPER.pattern + r"|\b\w+\.(?:py|c|cpp)\b|\b\w+/\w+-\w+")
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -22,7 +24,14 @@ def test_every_policy_is_listed_once_with_family_evidence_and_a_source():
         assert e.family in FAMILIES and e.evidence in EVIDENCE, e
         assert e.summary and set(e.regimes) <= {"lossy", "offload"}, e
         if e.evidence != "own":
-            assert re.search(r"arXiv \d{4}\.\d{4,5}|NSDI|ACL|et al|\w+/[\w-]+|\w\.(py|c|cpp)\b", e.text), e.name
+            assert SOURCE.search(e.text), e.name
+        if e.evidence in ("abs", "mem"):
+            assert PAPER.search(e.text), e.name
+
+
+def test_a_source_is_a_paper_with_its_year_or_a_file():
+    for text in ("the k/v pairs of ACL", "Someone et al. say so", "keys, values and/or both", "arXiv says", "FAST."):
+        assert not SOURCE.search(text), text
 
 
 def test_an_entry():

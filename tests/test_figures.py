@@ -309,3 +309,22 @@ def test_the_callers_matplotlib_is_left_alone(lossy, tmp_path):
     assert dict(matplotlib.rcParams) == before
     code = "import sys, kvsim.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_timeline_shows_what_was_fetched_ahead(trace, tmp_path):
+    from kvsim.figures import timeline
+
+    (file := tmp_path / "ahead.py").write_text(
+        "from kvsim import offload\n\n@offload('ahead')\nclass Ahead:\n    'Everything, at every step.'\n"
+        "    def place(self, view, victims):\n        return 1\n"
+        "    def prefetch(self, view):\n        return True\n"
+    )
+    keys = {"policy": "fifo", "budget": "30%", "demand": "theta(0.9)", "page_size": 2, "model": MODEL}
+    result = kvsim.run(trace, offload=str(file), **keys)
+    assert result.summary["prefetched_host_bytes"] > 0
+    figure = timeline.draw(result)
+    assert "host to GPU" in [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "ahead from host" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    every, links = timeline._iterations(result), result.links.set_index(["link", "direction"])["bytes"]
+    for link, direction, _, _, names in timeline._LINKS:  # the bars of a link are all that it carried
+        assert timeline._bytes(every, names).sum() == pytest.approx(links[link, direction])

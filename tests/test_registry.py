@@ -172,6 +172,20 @@ def test_classes_that_are_no_policy(body, words):
     assert "odd" not in registry.names()
 
 
+def test_a_hook_that_the_engine_does_not_call_is_refused(monkeypatch):
+    """A misspelt one would change nothing and say nothing; what begins with _ is the author's own."""
+    monkeypatch.setattr(registry, "_TABLE", {})
+
+    def with_method(name):
+        methods = {"place": lambda self, view, victims: 1, name: lambda self, view: None}
+        return registry.offload("odd")(type("Odd", (), methods))
+
+    with pytest.raises(PolicyError, match='offload policy "odd": the engine does not call prefech') as caught:
+        with_method("prefech")
+    assert "place, prefetch, backup, rebuild" in caught.value.hint
+    assert with_method("_heat").spec_name == "odd"
+
+
 def test_an_offload_policy_needs_place():
     with pytest.raises(PolicyError, match="no place"):
         registry.offload("odd")(type("Odd", (), {}))

@@ -1,7 +1,8 @@
 """Runs end to end: what is conserved, what follows by hand, and that the same run is the same bytes."""
 
 import json
-from dataclasses import replace
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -476,7 +477,21 @@ def test_pages_and_pools_keep_the_mass(trace):
                 assert (a.peak <= a.row + 1e-6).all()
 
 
-def test_public_names_exist():
-    for name in kvsim.__all__:
-        assert getattr(kvsim, name) is not None
-    assert replace(Geometry(1, 1), layers=2).layers == 2
+def test_public_names_are_documented_and_loaded_when_asked_for():
+    for name in {*kvsim.__all__} - {"__version__"}:
+        assert getattr(kvsim, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'walk'"):
+        kvsim.walk  # noqa: B018
+    heavy = "{'numpy', 'pyarrow', 'numba', 'pandas', 'simpy', 'pydantic'}"
+    script = f"import sys, kvsim; assert not {heavy} & set(sys.modules); kvsim.run; print('simpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{}", '"a run"', "null", "not JSON"])
+def test_a_manifest_that_is_none_of_ours_is_left_alone(trace, tmp_path, text):
+    (folder := tmp_path / "out").mkdir()
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ResultError, match="not a kvsim result"):
+        run(trace, policy="full").save(folder)
+    assert (folder / "manifest.json").read_text() == text

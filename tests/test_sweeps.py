@@ -250,3 +250,10 @@ def test_a_point_whose_files_are_other_ones_by_now_is_not_kept(few, tmp_path):
     with pytest.raises(ConfigError, match="was edited"):
         run_sweep(asked, tmp_path / "out", progress=lambda done, total: file.write_text(other))
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("also", ["also = 3", 'also = ["lru"]'])
+def test_what_is_swept_also_is_a_table(tmp_path, also):
+    (file := tmp_path / "s.toml").write_text(f'trace = "demo"\n[sweep]\npolicy = ["lru"]\n{also}\n')
+    with pytest.raises(ConfigError, match="sweep.also is no table of axes"):
+        read_sweep(file)

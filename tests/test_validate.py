@@ -423,6 +423,9 @@ def test_the_page_of_all_errors_is_written_from_what_is_committed(rows, tmp_path
     }
     page.main()
     assert (tmp_path / "docs/validation.md").read_text() == text
+    (tmp_path / "traces/hurt.kvtrace").mkdir(parents=True)
+    page.main()
+    assert "- **not read:** hurt.kvtrace: not a trace" in (tmp_path / "docs/validation.md").read_text()
 
 
 # --- a trace's own steps -------------------------------------------------------------------------------------
@@ -489,6 +492,7 @@ def test_batches_and_missing_times(trace):
     ]
     assert validate_trace(apart, cpu()).warnings[1:] == []
     uneven = replace(trace, sources=[source(0, 0, step_seconds=np.array([0.001, 0.009]))])
+    assert validate_trace(uneven, cpu()).id != validate_trace(replace(trace, sources=[source(0, 0)]), cpu()).id
     warning = validate_trace(uneven, cpu()).warnings[-1]
     assert warning == "request 0: measured steps spread over 128% of their median: they judge no model"
     assert np.isnan(found[0].captured_s).all() and math.isnan(found[0].summary()["drift_measured"])

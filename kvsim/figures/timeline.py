@@ -180,7 +180,8 @@ def _queued(start: np.ndarray, busy: np.ndarray) -> np.ndarray:
 
 
 def _moved(ax: Axes, shown: Iterations, start: np.ndarray, end: np.ndarray) -> None:
-    """Bytes of each step: fetched (waited for, or ahead) upwards, spilled downwards; where nothing moves, what attention read on the GPU."""
+    """Bytes of each step: fetched, waited for or ahead, upwards, spilled downwards; where nothing moves, what attention
+    read on the GPU."""
     moves = [m for m in _MOVES if shown[m[0]].any()] or [("read_bytes", "KV read by attention", _COMPUTE, 1)]
     factor, unit = columns.unit("_bytes", [float(shown[m[0]].max()) for m in moves])
     base = {1: np.zeros(len(start)), -1: np.zeros(len(start))}

@@ -479,12 +479,12 @@ def _evict(kind, m, room):
 
 
 @njit(**_KIND)
-def _forget(kind, m, k, room):
+def _forget(kind, m, k):
     """`k` left the cache, or became protected, without the machine's doing."""
     _leaves(m, k)
     if kind != _LIRS:
-        if kind == _ARC and m.page[k, _LIST] == _TWO:  # its place may be taken by a page of T1
-            while m.load[_THREE] > 0 and m.load[_ONE] + m.load[_THREE] + m.size[k] > room:
+        if kind == _ARC and m.page[k, _LIST] == _TWO:  # T1 may grow to all but what is left of T2
+            while m.load[_THREE] > 0 and m.load[_THREE] > m.load[_TWO] - m.size[k]:
                 _pull(m, m.ends[_THREE, 1])
         _pull(m, k)
         return
@@ -601,7 +601,7 @@ def _machine(kind):
             if found != m.memory[_COUNT]:
                 for k in range(keys):
                     if _inside(kind, m, k) and m.page[k, _MARK] != now + 1:
-                        _forget(kind, m, k, room)
+                        _forget(kind, m, k)
             for k in range(keys):
                 if asked[k] == _USED:
                     _hit(kind, m, k, room)

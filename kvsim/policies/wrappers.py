@@ -307,10 +307,11 @@ class Lag(Wrapper):
 class Pageify(Wrapper):
     """Tokens leave in whole pages of `size`, the page with the lowest score first.
 
-    As PagedEviction (arXiv 2509.04377) does by a score of its own; here any policy's. A page's score is the largest or the mean of its tokens' (`reduce`). So that whole pages leave and the budget
-    holds, what is kept falls short of it by up to `size` - 1 tokens. The page that is being filled, and pages that
-    hold a protected token, stay; where the budget cannot hold even these, their tokens leave one by one. Runs at one
-    token per page; with --page-size instead, policies see the sums of a page's weights and nothing finer.
+    As PagedEviction (arXiv 2509.04377) does by a score of its own; here any policy's. A page's score is the largest or
+    the mean of its tokens' (`reduce`). So that whole pages leave and the budget holds, what is kept falls short of it
+    by up to `size` - 1 tokens. The page that is being filled, and pages that hold a protected token, stay; where the
+    budget cannot hold even these, their tokens leave one by one. Runs at one token per page; with --page-size instead,
+    policies see the sums of a page's weights and nothing finer.
     """
 
     family = "wrapper"

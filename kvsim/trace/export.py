@@ -79,8 +79,8 @@ def _write(trace: Trace, path: Path) -> int:
 def save(trace: Trace, path: str | os.PathLike, *, manifest: Mapping[str, Any] | None = None, **encoding: Any) -> None:
     """Write any trace, a synthetic one for instance, as a trace directory; `encoding` as in TraceWriter.
 
-    Of the facts only "tokens" and "need" are kept; q, k, v, spans and frequencies of the rotation are not. Token ids that
-    are not known are written as 0.
+    Of the facts only "tokens" and "need" are kept, and neither q, k and v nor spans. Token ids that are not known are
+    written as 0.
     """
     g = trace.geometry
     model = {

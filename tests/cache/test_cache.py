@@ -310,6 +310,14 @@ def test_rows_of_the_prompt_use_only_what_they_see(page_size):
     assert uses["topk"].sum(1).tolist() == [2 * 12 - once] * 2
 
 
+def test_nothing_at_all_cannot_be_needed():
+    """A weight of zero would be every page's, none of the largest none."""
+    for text, says in (("topk(0)", "no row would need a page"), ("theta(0)", "every row would use every page")):
+        with pytest.raises(ConfigError, match="above zero") as caught:
+            parse_demand(text, THETA)
+        assert says in caught.value.hint
+
+
 def test_demand_select_needs_a_read_set():
     with pytest.raises(ConfigError, match="has none"):
         replay("lru", 4, tiny_trace(), offload="spill", demand=None)

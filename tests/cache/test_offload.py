@@ -203,7 +203,7 @@ def test_a_page_on_host_and_ssd_comes_from_the_host():
 
 
 def test_a_prefetched_page_that_left_unread_is_waited_for_no_more():
-    """FIFO over two pages: "a" comes back unasked at step 3, has left at step 5, and is read, and fetched, at step 6."""
+    """FIFO over two pages: "a" comes back unasked at step 3, leaves at step 5 and is read, so fetched, at step 6."""
 
     class Once(Plain):
         def prefetch(self, view):

@@ -15,6 +15,7 @@ from kvsim.cache.quality import BLOCK, Quality, _holds, stranded
 from kvsim.cache.tiers import Capacity
 from kvsim.simulate import run
 from kvsim.trace.access import DenseSource, dense_trace
+from kvsim.trace.synthetic import synthetic_trace
 from tests.helpers import M1
 
 
@@ -148,3 +149,12 @@ def test_a_run_says_what_was_lost():
     steps = window.steps
     assert steps.gold_needed.tolist() == [0, *[4] * 8] and np.isnan(steps.output_error[0])
     assert (window.state_bytes_per_page, full.state_bytes_per_page) == (4, 0)
+
+
+def test_what_was_not_counted_is_not_zero():
+    """Stranded tokens are those of pages of one token, in the lossy regime, where somebody looks."""
+    trace = synthetic_trace(prompt=20, steps=6)
+    keys = {"policy": "lru", "budget": "30%", "model": "llama-3.2-1b"}
+    assert run(trace, **keys).stranded_share > 0
+    for other in ({"page_size": 2}, {"regime": "offload", "page_size": 1}, {"ceiling": False}):
+        assert np.isnan(run(trace, **(keys | other)).stranded_share), other

@@ -342,3 +342,10 @@ def test_a_rotation_joins_as_many_heads_as_it_says():
     )
     np.testing.assert_allclose(together, k, atol=1e-5)
     assert np.abs(apart - k).max() > 0.1
+
+
+def test_a_trace_whose_request_has_no_tokens_is_at_fault():
+    trace = random_trace()
+    trace.sources[0].vectors = lambda: iter(())
+    with pytest.raises(TraceError, match="holds no tokens"):
+        errors(trace, parse_format("int4(group=8)"))

@@ -51,6 +51,13 @@ def test_a_broken_manifest(lossy, text):
         open_trace(lossy)
 
 
+@pytest.mark.parametrize("lanes", [{"layers": 0}, {"kv_heads": 0}])
+def test_a_manifest_without_lanes(lossy, lanes):
+    edit_manifest(lossy, **lanes)
+    with pytest.raises(TraceError, match=r"manifest cannot be read: ValueError\('\d layers of \d KV heads'\)"):
+        open_trace(lossy)
+
+
 def test_a_foreign_format(lossy):
     edit_manifest(lossy, format="other")
     refuses(lossy, 'the format is "other"')
