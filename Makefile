@@ -37,7 +37,7 @@ $(DEMO)/installed: pyproject.toml constraints.txt
 
 $(TEST)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/python -m pip install $(PIP_FLAGS) -e ".[capture,dev]"
+	$(TEST)/bin/python -m pip install $(PIP_FLAGS) -e ".[capture,learn,dask,dev]"
 	touch $@
 
 $(PEERS)/installed: pyproject.toml tests/peers/requirements.txt

@@ -132,8 +132,9 @@ def open_result(folder: str | Path) -> Result:
         raise ResultError(
             f"not a result folder: {error}", where=str(folder), hint="give a folder that `kvsim run -o` wrote"
         ) from None
-    if manifest.get("schema") != SCHEMA:
-        raise ResultError(f"result schema {manifest.get('schema')}, this kvsim reads {SCHEMA}", where=str(folder))
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise ResultError(f"result schema {schema}, this kvsim reads {SCHEMA}", where=str(folder))
     return Result(tables, manifest, timing)
 
 

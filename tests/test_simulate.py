@@ -495,3 +495,10 @@ def test_a_manifest_that_is_none_of_ours_is_left_alone(trace, tmp_path, text):
     with pytest.raises(ResultError, match="not a kvsim result"):
         run(trace, policy="full").save(folder)
     assert (folder / "manifest.json").read_text() == text
+
+
+def test_a_result_whose_manifest_is_a_list_is_none(trace, tmp_path):
+    folder = run(trace, policy="full").save(tmp_path / "r")
+    (folder / "manifest.json").write_text("[1, 2]")
+    with pytest.raises(ResultError, match="result schema None"):
+        open_result(folder)

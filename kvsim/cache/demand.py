@@ -15,10 +15,12 @@ import numpy as np
 from kvsim.errors import ConfigError
 from kvsim.registry import parse_spec
 
+NEARLY = np.float32(1 - 2**-20)  # of a share is enough: where all weights are the same, rounding decides nothing
+
 
 @dataclass(frozen=True)
 class Use:
-    """`share`: at least `value` times an equal share of the visible tokens. `weight`: at least `value`.
+    """`share`: at least `value` times an equal share of the visible tokens (`NEARLY`). `weight`: at least `value`.
     `topk`: one of the `value` largest weights of the row, among equals the newer page: exactly that many pages, or
     every visible one if there are fewer. `all`: every visible page."""
 
@@ -40,7 +42,7 @@ class Use:
         if self.kind in ("topk", "all"):
             return np.zeros(rows, np.float32), first.astype(np.int32).repeat(each)
         if self.kind == "share":
-            return (self.value / visible).astype(np.float32).repeat(each), np.zeros(rows, np.int32)
+            return ((self.value / visible).astype(np.float32) * NEARLY).repeat(each), np.zeros(rows, np.int32)
         return np.full(rows, self.value, np.float32), np.zeros(rows, np.int32)
 
     def used(self, peak: np.ndarray, keys: int, visible: np.ndarray, first: np.ndarray) -> np.ndarray:

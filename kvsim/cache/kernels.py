@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from kvsim.cache.demand import NEARLY
+
 _JIT: Any = {"cache": True, "nogil": True, "boundscheck": False}
 TOGETHER = 8  # lanes that `_tally` adds up
 _LAST = 2**31 - 1  # above every key and every ordered score
@@ -133,7 +135,7 @@ def touch_lane(
     if last is not None or uses is not None:
         if renormalise:
             tokens = np.float32(max(1, pages * page_size - missing))
-            least = np.float32(use) if absolute else np.float32(use) / tokens
+            least = np.float32(use) if absolute else np.float32(use) / tokens * NEARLY
         if page_size > 1:
             _note_weights(top, factor, None, None)
         peaks, first = top if page_size > 1 else weight, max(np.int32(0), np.int32(least_key))

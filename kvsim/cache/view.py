@@ -30,10 +30,10 @@ class View:
     `size` (in pages), `wanted` (waiting requests ahead of the first that will refer to it; large if none), private
     columns by `view["name"]`, facts of the trace about each key by `view.fact("tokens")`. Scalars: `now` (step),
     `keys` (pages that exist), `tokens`, `newest` (largest key), `page_size` (tokens). `budget`: int64
-    [layers, kv_heads, 1], pages: in `split` the run's own, elsewhere what `split` said last. `prompt`: the prompt's statistics at prefill, else None. `vectors`: q, k and v
-    of every token so far for a policy that `needs` them, else None. `seed`, `rng`: the run's
-    seed and a generator made from it. `rates`: bytes/s from "host" and "ssd" to the GPU, tokens/s of "recompute" (all
-    layers); empty where no machine is known.
+    [layers, kv_heads, 1], pages: in `split` the run's own, elsewhere what `split` said last. `prompt`: the prompt's
+    statistics at prefill, else None. `vectors`: q, k and v of every token so far for a policy that `needs` them, else
+    None. `seed`, `rng`: the run's seed and a generator made from it. `rates`: bytes/s from "host" and "ssd" to the GPU,
+    tokens/s of "recompute" (all layers); empty where no machine is known.
     """
 
     def __init__(

@@ -34,8 +34,8 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], y: str) -> F
         raise ResultError(f'no run has a value of "{y}"', hint="choose another column with --y")
     lowest_first = columns.LOSSLESS.get(y) != 1.0  # losses, times and bytes: less is better
     kept.sort(key=lambda row: (values[row["policy"]] * (1 if lowest_first else -1), row["policy"]))
-    names = [row["policy"] for row in kept]
-    lengths = [values[name] for name in names]
+    lengths = [values[row["policy"]] for row in kept]
+    names = [row["policy"] + ("" if row["oracle"] else columns.more([row])) for row in kept]
     figure = page.sheet(7.6, 1.9 + 0.235 * len(names))
     ax = figure.add_subplot()
     references = [bool(row["oracle"]) or row["policy"] == "full" for row in kept]

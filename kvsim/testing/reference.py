@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kvsim.cache.demand import FAIR_SHARE
+from kvsim.cache.demand import FAIR_SHARE, NEARLY
 from kvsim.cache.table import COLUMNS, Table
 from kvsim.cache.view import pages, share_of, window
 from kvsim.trace.access import Access
@@ -138,7 +138,9 @@ class ReferenceCache:
                 scale = np.divide(f(1), total, out=np.zeros_like(total), where=total >= np.finfo(f).tiny)
                 row, peak = row * scale, peak * scale
                 tokens = max(1, len(keys) * self.page_size - (a.keys * self.page_size - a.tokens))
-                least = f(self.predicate.value) if self.predicate.absolute else f(self.predicate.value) / f(tokens)
+                least = f(self.predicate.value)
+                if not self.predicate.absolute:
+                    least = least / f(tokens) * NEARLY
             v.weights[lane] = 0
             v.weights[lane][keys] = row.sum(0) / f(self.group)
             v.mass[lane] += v.weights[lane]

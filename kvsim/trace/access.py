@@ -86,7 +86,7 @@ class Seen:
 
     `q`: [layers, kv_heads, group, tokens, head_dim]; `k`, `v`: [layers, kv_heads, tokens, head_dim]; `positions`: int32
     [tokens], position ids. The last token is the one whose query this step is. Read-only views of buffers that grow.
-    `inv_freq`: as `Source.inv_freq`. Where the trace's lanes are query heads, the group is one, and lanes of one KV head
+    `inv_freq`: as `Source.inv_freq`. Where the trace's lanes are query heads, the group is one, and those of a KV head
     show the same k and v.
     """
 

@@ -478,3 +478,18 @@ def test_visible_mass_too_small_to_divide_by_is_none(spec):
             cache.access(a)
         view = cache.view if kind is Cache else cache.v
         assert not view.weights.any() and view.mass.max() <= 1.5
+
+
+def test_where_all_weights_are_the_same_all_are_used():
+    """Whatever a sum of a few thirds or sevenths is rounded to."""
+    trace = matrix_trace([[1 / n] * n for n in range(1, 60)])
+    request = trace.requests()[0]
+    for budget in (3, 7, 22, 49):
+        for kind, fusing in ((Cache, False), (Cache, True), (ReferenceCache, False)):
+            cache = kind(trace.lanes, request.stride, registry.build("lru"), Capacity(budget), seed=0)
+            cache.fusing = fusing
+            for a in request.accesses():
+                cache.access(a)
+                assert Use().used(a.row[0], a.keys, a.visible, a.first).all()
+                key, last = (cache.table.key, cache.table.last) if kind is Cache else (cache.v.key, cache.v.last)
+                assert (last[key >= 0] == a.step).all(), (budget, a.step)
