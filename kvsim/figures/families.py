@@ -44,7 +44,7 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
     figure = page.sheet(3.1 * min(_ACROSS, len(families)) + 0.4, 2.75 * down + 1.0)
     panels = figure.subplots(down, min(_ACROSS, len(families)), sharex=True, sharey=True, squeeze=False).ravel()
     ceiling = _ceiling(rows, x, across) if y == "recall" else []
-    more = {policy: columns.more(row for row in rows if row["policy"] == policy) for policy in lines}
+    more = {p: " *" if columns.more(row for row in rows if row["policy"] == p) else "" for p in lines}
     for i, (ax, (family, members)) in enumerate(zip(panels, families.items(), strict=False)):
         _panel(ax, family, members, lines, more, ceiling, named=i == 0)
         last = i + _ACROSS >= len(families)  # with nothing below it
@@ -57,6 +57,7 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], x: str, y: s
         ax.set_visible(False)
     words = f"{columns.title(y)} by {columns.title(x)}, family by family"
     marks = "dashed with open markers: with protected tokens; grey: policies of other families"
+    marks += "; *: holds or reads more than 1.1 times the budget" if any(more.values()) else ""
     foot = f"{columns.label(y, unit)}; {marks}; {page.CAVEAT}"
     page.head(figure, words[0].upper() + words[1:], page.facts(runs, hide=(x, "policy", "budget")), foot)
     return figure

@@ -122,7 +122,7 @@ def _lines(
         name = ", ".join(
             [_name(key[0], reference), *map(" ".join, zip(map(columns.title, settings), key[1:], strict=True))]
         )
-        name += "" if reference else columns.more(members)
+        name += columns.more(members) if hue == "policy" and not reference else ""
         points = [(across.place(row[x]), columns.number(row, y) * factor) for row in members]
         lines.append(Line(key, name, "reference" if reference else "policy", points))
     if hue == "policy" and y in columns.LOSSLESS and not any(line.key[0] == "full" for line in lines):

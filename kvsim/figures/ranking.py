@@ -35,10 +35,12 @@ def draw(runs: Sequence[Result], rows: Sequence[Mapping[str, Any]], y: str) -> F
     lowest_first = columns.LOSSLESS.get(y) != 1.0  # losses, times and bytes: less is better
     kept.sort(key=lambda row: (values[row["policy"]] * (1 if lowest_first else -1), row["policy"]))
     lengths = [values[row["policy"]] for row in kept]
-    names = [row["policy"] + ("" if row["oracle"] else columns.more([row])) for row in kept]
+    references = [bool(row["oracle"]) or row["policy"] == "full" for row in kept]
+    names = [
+        row["policy"] + ("" if known else columns.more([row])) for row, known in zip(kept, references, strict=True)
+    ]
     figure = page.sheet(7.6, 1.9 + 0.235 * len(names))
     ax = figure.add_subplot()
-    references = [bool(row["oracle"]) or row["policy"] == "full" for row in kept]
     bars = ax.barh(names, lengths, height=0.68, color=[_REFERENCE if known else _BAR for known in references])
     ax.bar_label(bars, [f"{v:.3f}" if unit == "" else f"{v:.3g}" for v in lengths], padding=3, fontsize=8)
     ax.invert_yaxis()
