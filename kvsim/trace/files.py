@@ -30,8 +30,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         name, major = manifest["format"], int(str(manifest["version"]).split(".")[0])
         files, lanes = manifest["files"], (int(manifest["layers"]), int(manifest["kv_heads"]))
-        for _ in manifest["fingerprint"], manifest["encoding"]["keep"], *(entry["bytes"] for entry in files.values()):
-            pass  # they are there
+        _ = (
+            manifest["fingerprint"],
+            manifest["encoding"]["keep"],
+            [entry["bytes"] for entry in files.values()],
+        )  # are there
         if min(lanes) < 1:
             raise ValueError(f"{lanes[0]} layers of {lanes[1]} KV heads")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
